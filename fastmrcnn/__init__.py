@@ -1,0 +1,34 @@
+"""Mask R-CNN for PyTorch: torchvision's API, weights and results, with Triton kernels on the hot paths."""
+
+from fastmrcnn import ops
+from fastmrcnn.batches import DetectionBatch, ImageBatch, ProposalBatch, TargetBatch
+from fastmrcnn.models.builders import (
+    fasterrcnn_mobilenet_v3_large_320_fpn,
+    fasterrcnn_mobilenet_v3_large_fpn,
+    fasterrcnn_resnet50_fpn,
+    fasterrcnn_resnet50_fpn_v2,
+    keypointrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn_v2,
+)
+from fastmrcnn.models.mask_rcnn import FasterRCNN, KeypointRCNN, MaskRCNN
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DetectionBatch",
+    "FasterRCNN",
+    "ImageBatch",
+    "KeypointRCNN",
+    "MaskRCNN",
+    "ProposalBatch",
+    "TargetBatch",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "fasterrcnn_mobilenet_v3_large_fpn",
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_fpn_v2",
+    "keypointrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_fpn_v2",
+    "ops",
+]

@@ -1,0 +1,123 @@
+"""Padded batches: what flows between the stages of the network.
+
+N images, K proposals, D detections, G ground-truth objects per image.  The first `count[i]` slots of image i are real,
+the others are padding: what they hold never reaches a result.  `count` stays on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fastmrcnn_kernels.host import on_host
+
+
+@dataclass
+class ImageBatch:
+    """Normalised images in one tensor, each in the top left corner of its canvas.
+
+    Args:
+        tensors: [N, 3, Hp, Wp], zero beyond each image; Hp and Wp are what the batch is padded to.
+        sizes: (height, width) of each image without the padding, int64 [N, 2].
+    """
+
+    tensors: Tensor
+    sizes: Tensor
+
+
+@dataclass
+class TargetBatch:
+    """Ground truth of a batch of images, G slots each (at least one).
+
+    Args:
+        boxes: [N, G, 4] float32, pixels of the padded images.
+        labels: [N, G] int64, 1 .. classes - 1.
+        count: number of objects of each image, int64 [N].
+        masks: [N, G, Hp, Wp] uint8, or None.
+        keypoints: [N, G, keypoints, 3] float32 (x, y, visibility), or None.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    count: Tensor
+    masks: Tensor | None = None
+    keypoints: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        """Which slots hold an object, bool [N, G]."""
+        return first(self.count, self.boxes.shape[1])
+
+
+@dataclass
+class ProposalBatch:
+    """Class-agnostic boxes from the region proposal network, by descending score.
+
+    Args:
+        boxes: [N, K, 4] float32, pixels of the padded images.
+        scores: [N, K] objectness in 0 .. 1.
+        count: number of proposals of each image, int64 [N].
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    count: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """Which slots hold a proposal, bool [N, K]."""
+        return first(self.count, self.boxes.shape[1])
+
+
+@dataclass
+class DetectionBatch:
+    """Detections by descending score.
+
+    Args:
+        boxes: [N, D, 4] float32, pixels of the padded images.
+        scores: [N, D] float32.
+        labels: [N, D] int64, 1 .. classes - 1.
+        count: number of detections of each image, int64 [N].
+        masks: probabilities of the detected class inside the box, [N, D, M, M], or None.
+        keypoints: [N, D, keypoints, 4] float32 (x, y, 1, score), or None.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    count: Tensor
+    masks: Tensor | None = None
+    keypoints: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        """Which slots hold a detection, bool [N, D]."""
+        return first(self.count, self.boxes.shape[1])
+
+
+AnyBatch = TypeVar("AnyBatch", ProposalBatch, DetectionBatch)
+
+
+def widen(values: Tensor) -> Tensor:
+    """`values` in float32 if they have fewer bits (autocast leaves 16): losses, scores and boxes need it."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def first(count: Tensor, slots: int) -> Tensor:
+    """Whether each of `slots` slots is among the first `count` [N]: bool [N, slots]."""
+    return torch.arange(slots, device=count.device) < count[:, None]
+
+
+def trim(batch: AnyBatch) -> AnyBatch:
+    """`batch` without the slots that no image uses, where reading the counts costs nothing; else `batch` itself.
+
+    Saves a CPU the arithmetic on padding.  On a GPU the read would wait for all queued work.
+    """
+    if not on_host(batch.count):
+        return batch
+    used = max(batch.count.tolist(), default=0)
+    slots = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "count"}
+    return replace(batch, **{name: value[:, :used] for name, value in slots.items() if value is not None})

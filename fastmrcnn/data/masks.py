@@ -1,0 +1,169 @@
+"""COCO segmentations to masks.
+
+pycocotools' C code trusts its input: a hostile run length or coordinate makes it write outside its buffers or ask for
+any amount of memory. So everything is checked here before it goes there.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as mask_utils
+
+# Boundary points pycocotools is let to visit for one polygon, counting 5 per pixel; each takes 16 bytes.
+_MAX_BOUNDARY_POINTS = 20_000_000
+_CHUNK_BYTES = 1 << 15  # so that the arrays of a chunk stay in the processor's cache
+
+
+def check_segmentation(segmentation: Any, height: int, width: int, total: int | None = None) -> str | None:
+    """Say what keeps a segmentation from being a mask of height x width pixels: None if nothing does.
+
+    Args:
+        segmentation: polygons (a list of lists x0, y0, x1, y1, ... in pixels), or a run-length encoding: a dict of
+            "size" [height, width] and "counts", a list of run lengths or their compressed form.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        total: `total_pixels` of compressed counts where it is known already.
+    """
+    if isinstance(segmentation, dict):
+        return _check_rle(segmentation, height, width, total)
+    if not segmentation:
+        return "has no segmentation"
+    if not isinstance(segmentation, list) or not isinstance(segmentation[0], list):
+        return f"segmentation is neither a list of polygons nor an RLE dict: {shorten(segmentation)}"
+    reach = max(height, width)
+    for polygon in segmentation:
+        problem = _check_polygon(polygon, reach)
+        if problem:
+            return problem
+    return None
+
+
+def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """Turn a segmentation that `check_segmentation` passed into one compressed RLE."""
+    if isinstance(segmentation, list):
+        return mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
+        return mask_utils.frPyObjects({"size": [height, width], "counts": segmentation["counts"]}, height, width)
+    return {"size": [height, width], "counts": segmentation["counts"]}
+
+
+def rasterise(segmentations: Sequence[Any], height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Checked segmentations as masks, uint8 [G,H,W] of 0 and 1."""
+    if not segmentations:
+        return np.zeros((0, height, width), np.uint8)
+    stacked = mask_utils.decode([to_rle(segmentation, height, width) for segmentation in segmentations])
+    return np.ascontiguousarray(stacked.transpose(2, 0, 1))
+
+
+def total_pixels(counts: Sequence[str | bytes]) -> list[int]:
+    """Pixels that each compressed counts string covers, -1 where it does not decode to run lengths.
+
+    Many strings are decoded at once: a data set holds up to a million.
+    """
+    totals: list[int] = []
+    chunk: list[bytes] = []
+    size = 0
+    for string in counts:
+        encoded = string.encode("utf-8", "surrogatepass") if isinstance(string, str) else bytes(string)
+        if chunk and size + len(encoded) > _CHUNK_BYTES:
+            totals += _totals_of_chunk(chunk)
+            chunk, size = [], 0
+        chunk.append(encoded)
+        size += len(encoded)
+    return totals + _totals_of_chunk(chunk)
+
+
+def _totals_of_chunk(strings: list[bytes]) -> list[int]:
+    # Format: a character holds 5 bits (+48), bit 0x20 says "more follow", low bits first, the last character's bit 0x10
+    # is the sign. From the fourth value on, a value is the difference to the one two before it.
+    nonempty = [i for i, string in enumerate(strings) if string]
+    totals = np.zeros(len(strings), np.int64)
+    if not nonempty:
+        return totals.tolist()
+    lengths = np.array([len(strings[i]) for i in nonempty])
+    chars = np.frombuffer(b"".join(strings), np.uint8).astype(np.int64) - 48
+    owner = np.repeat(np.arange(len(nonempty)), lengths)
+    bad = np.zeros(len(nonempty), bool)
+    bad[owner[(chars < 0) | (chars > 63)]] = True
+
+    last = (chars & 0x20) == 0
+    string_ends = np.cumsum(lengths) - 1
+    bad[~last[string_ends]] = True
+    last[string_ends] = True  # keeps an unfinished value from running into the next string
+
+    value_ends = np.flatnonzero(last)
+    value_starts = np.concatenate([[0], value_ends[:-1] + 1])
+    digits = value_ends - value_starts + 1
+    value_owner = owner[value_starts]
+    bad[value_owner[digits > 7]] = True  # 35 bits: enough for any image, too few to overflow what follows
+    place = np.minimum(np.arange(len(chars)) - np.repeat(value_starts, digits), 6)
+    values = np.add.reduceat((chars & 0x1F) << (5 * place), value_starts)
+    values -= np.where(chars[value_ends] & 0x10, np.left_shift(1, 5 * np.minimum(digits, 7)), 0)
+
+    num_values = np.bincount(value_owner, minlength=len(nonempty))
+    firsts = np.cumsum(num_values) - num_values
+    index = np.arange(len(values)) - firsts[value_owner]
+    odd = np.cumsum(np.where(index % 2 == 1, values, 0))
+    even = np.cumsum(np.where(index % 2 == 0, values, 0))
+    odd -= np.repeat(odd[firsts], num_values)
+    even -= np.repeat(even[firsts], num_values)
+    runs = np.where(index == 0, values, np.where(index % 2 == 1, odd, even))
+
+    wrong = (runs < 0) | (runs > np.iinfo(np.int32).max)
+    bad[value_owner[wrong]] = True
+    totals[nonempty] = np.where(bad, -1, np.add.reduceat(np.where(wrong, 0, runs), firsts))
+    return totals.tolist()
+
+
+def _check_rle(rle: dict[str, Any], height: int, width: int, total: int | None) -> str | None:
+    if rle.get("size") != [height, width]:
+        return f"RLE size {shorten(rle.get('size'))} differs from the image's [height, width] = [{height}, {width}]"
+    counts = rle.get("counts")
+    if isinstance(counts, str | bytes):
+        covered = total_pixels([counts])[0] if total is None else total
+        if covered < 0:
+            return f"RLE counts do not decode: {shorten(counts)}"
+    elif isinstance(counts, list):
+        if set(map(type, counts)) - {int} or min(counts, default=0) < 0:
+            return f"RLE counts must be non-negative integers: {shorten(counts)}"
+        covered = sum(counts)
+    else:
+        return f"RLE counts must be a string or a list of integers, got {shorten(counts)}"
+    if covered != height * width:
+        return f"RLE counts cover {covered} pixels, the image has {height} x {width} = {height * width}"
+    return None
+
+
+def _check_polygon(polygon: Any, reach: int) -> str | None:
+    if not isinstance(polygon, list):
+        return f"polygon is not a list: {shorten(polygon)}"
+    if len(polygon) < 6 or len(polygon) % 2:
+        return (
+            f"polygon has {len(polygon)} coordinates; accepted is an even number from 6 (3 points): {shorten(polygon)}"
+        )
+    try:
+        finite = math.isfinite(sum(polygon))
+        low, high = min(polygon), max(polygon)
+    except (TypeError, OverflowError):
+        finite = False
+    if not finite:
+        return f"polygon coordinates must be finite numbers: {shorten(polygon)}"
+    if low < -reach or high > 2 * reach:
+        return f"polygon reaches {low:g} to {high:g}, farther than one image size ({reach}) outside: {shorten(polygon)}"
+    # 3 * reach is the longest a step can be: the exact sum is formed for monsters only.
+    if len(polygon) // 2 * 15 * reach > _MAX_BOUNDARY_POINTS:
+        points = np.asarray(polygon, np.float64).reshape(-1, 2)
+        steps = 5 * np.abs(points - np.roll(points, 1, axis=0)).max(axis=1)
+        if steps.sum() > _MAX_BOUNDARY_POINTS:
+            return f"polygon has a boundary of more than {_MAX_BOUNDARY_POINTS // 5} pixels: {shorten(polygon)}"
+    return None
+
+
+def shorten(value: Any, limit: int = 80) -> str:
+    """`repr`, cut to `limit` characters: for messages about records of any size."""
+    if isinstance(value, list | str | bytes):
+        value = value[:limit]
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

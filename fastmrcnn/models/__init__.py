@@ -1,0 +1,1 @@
+"""The network, one file per stage; `mask_rcnn.py` is the page to read first."""

@@ -1,0 +1,89 @@
+"""Images and targets as users give them, to padded batches; detections back to what users get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes, resize_keypoints
+
+from fastmrcnn import ops
+from fastmrcnn.batches import DetectionBatch, ImageBatch, TargetBatch
+
+
+class Preprocess(GeneralizedRCNNTransform):
+    """torchvision's normalisation, resizing and padding, with padded batches as the result."""
+
+    def batch(
+        self, images: list[Tensor], targets: list[dict[str, Any]] | None
+    ) -> tuple[ImageBatch, TargetBatch | None, list[tuple[int, int]]]:
+        """Batch `images` [C, H, W] in 0 .. 1 and their `targets`; also returns the sizes of the resized images."""
+        image_list, resized = self(images, targets)
+        sizes = torch.tensor(image_list.image_sizes, device=image_list.tensors.device)
+        batch = ImageBatch(image_list.tensors, sizes)
+        if resized is None:
+            return batch, None, image_list.image_sizes
+        return batch, pad_targets(resized, batch), image_list.image_sizes
+
+    def results(
+        self,
+        detections: DetectionBatch,
+        sizes: list[tuple[int, int]],
+        original_sizes: list[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        """Detections of each image in its original pixels, masks pasted: the one place that waits for the device."""
+        results = []
+        for i, count in enumerate(detections.count.tolist()):
+            boxes = resize_boxes(detections.boxes[i, :count], sizes[i], original_sizes[i])
+            labels, scores = detections.labels[i, :count], detections.scores[i, :count]
+            result = {"boxes": boxes, "labels": labels, "scores": scores}
+            if detections.masks is not None:
+                masks = detections.masks[i, :count, None]
+                result["masks"] = ops.paste_masks_in_image(masks, boxes, original_sizes[i])
+            if detections.keypoints is not None:
+                keypoints, keypoint_scores = detections.keypoints[i, :count].split((3, 1), dim=-1)
+                result["keypoints"] = resize_keypoints(keypoints, sizes[i], original_sizes[i])
+                result["keypoints_scores"] = keypoint_scores.squeeze(-1)
+            results.append(result)
+        return results
+
+
+def pad_targets(targets: list[dict[str, Any]], images: ImageBatch) -> TargetBatch:
+    """Targets of resized images, padded to the largest number of objects (at least 1) and to the size of the batch."""
+    device, (height, width) = images.tensors.device, images.tensors.shape[-2:]
+    wide = torch.promote_types(images.tensors.dtype, torch.float32)
+    counts = [len(t["boxes"]) for t in targets]
+    slots = max(1, *counts)
+
+    def pad(name: str, dtype: torch.dtype) -> Tensor | None:
+        if any(name not in t for t in targets):
+            return None
+        rows = [t[name].to(device, dtype) for t in targets]
+        tail = max((row.shape[1:] for row in rows), key=len)
+        padded = torch.zeros(len(rows), slots, *tail, device=device, dtype=dtype)
+        for i, row in enumerate(rows):
+            padded[i, : len(row)] = row
+        return padded
+
+    def pad_masks() -> Tensor | None:
+        if any("masks" not in t for t in targets):
+            return None
+        padded = torch.zeros(len(targets), slots, height, width, device=device, dtype=torch.uint8)
+        for i, target in enumerate(targets):
+            masks = target["masks"].to(device, torch.uint8)
+            # One more row and column of the border: sampling between the last pixel and the edge of the image then
+            # finds that pixel, as it would at the end of the tensor.
+            bottom, right = min(height, masks.shape[1] + 1), min(width, masks.shape[2] + 1)
+            if len(masks):
+                border = (0, right - masks.shape[2], 0, bottom - masks.shape[1])
+                masks = functional.pad(masks[None].float(), border, mode="replicate")[0].to(torch.uint8)
+                padded[i, : len(masks), :bottom, :right] = masks
+        return padded
+
+    boxes, labels = pad("boxes", wide), pad("labels", torch.int64)
+    if boxes is None or labels is None:
+        raise ValueError("targets: every target needs 'boxes' and 'labels'")
+    count = torch.tensor(counts, device=device)
+    return TargetBatch(boxes, labels, count, pad_masks(), pad("keypoints", wide))

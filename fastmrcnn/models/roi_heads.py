@@ -1,0 +1,141 @@
+"""Second stage: classify and refine proposals, then segment (or find keypoints in) what was detected.
+
+N images, K proposals, D detections, P pooled size.  Heads see the RoIs of all images in one batch, [N K, C, P, P].
+"""
+
+from __future__ import annotations
+
+import torch
+import torchvision.models.detection.roi_heads as torchvision_heads
+from torch import Tensor, nn
+
+from fastmrcnn import ops
+from fastmrcnn.batches import DetectionBatch, ImageBatch, ProposalBatch, TargetBatch, first, trim, widen
+from fastmrcnn.models import losses
+from fastmrcnn.models.padded_norm import ignoring_padding
+from fastmrcnn.models.sampling import BACKGROUND, IGNORED, gather, match, sample
+from fastmrcnn_kernels.reference.boxes import clip_boxes, decode_deltas, encode_deltas, large_enough
+from fastmrcnn_kernels.reference.topk import stable_topk
+
+MIN_DETECTION_SIZE = 1e-2
+
+Features = dict[str, Tensor]
+
+
+class RoIHeads(torchvision_heads.RoIHeads):
+    """torchvision's `RoIHeads` with a fixed-shape flow: `detect` in inference, `losses` in training."""
+
+    def detect(self, features: Features, proposals: ProposalBatch, images: ImageBatch) -> DetectionBatch:
+        """Detections, with mask probabilities [N, D, M, M] and keypoints where the model has those branches."""
+        logits, deltas = self._classify(features, proposals.boxes, proposals.valid, images)
+        detections = trim(self.select(logits, deltas, proposals, images))
+        if self.has_mask():
+            mask_logits = self._branch("mask", features, detections.boxes, detections.valid, images)
+            detections.masks = widen(of_label(mask_logits, detections.labels)).sigmoid()
+        if self.has_keypoint():
+            heatmaps = widen(self._branch("keypoint", features, detections.boxes, detections.valid, images))
+            canvas = images.tensors.shape[-2:]
+            keypoints, scores = ops.heatmaps_to_keypoints(
+                heatmaps.flatten(0, 1), detections.boxes.flatten(0, 1), canvas
+            )
+            found = torch.cat((keypoints, scores[..., None]), dim=-1)
+            detections.keypoints = found.unflatten(0, detections.scores.shape)
+        return detections
+
+    def select(self, logits: Tensor, deltas: Tensor, proposals: ProposalBatch, images: ImageBatch) -> DetectionBatch:
+        """The best boxes over all classes but the background: threshold, non-maximum suppression per class, top D.
+
+        `logits` [N, K, classes] and `deltas` [N, K, classes, 4] become candidates of every class (class 0 is the
+        background); a candidate counts if its score exceeds `score_thresh` and its sides are at least 0.01 pixels.
+        """
+        num_images = len(logits)
+        scores = logits.softmax(dim=-1)[..., 1:]
+        boxes = decode_deltas(deltas, proposals.boxes[:, :, None], self.box_coder.weights)[:, :, 1:]
+        boxes = clip_boxes(boxes, images.sizes)
+        valid = (scores > self.score_thresh) & large_enough(boxes, MIN_DETECTION_SIZE) & proposals.valid[..., None]
+
+        segments = [x.transpose(1, 2).flatten(0, 1) for x in (boxes, scores, valid)]  # [N classes, K, ...]
+        most = min(self.detections_per_img, scores.shape[1])
+        kept, count = ops.padded_nms(*segments, self.nms_thresh, most)
+
+        # Back to [N, K, classes], in whose order equal scores rank, as in torchvision.
+        survivors = torch.zeros_like(segments[2], dtype=torch.int64)
+        survivors = survivors.scatter_add(1, kept.clamp(min=0), first(count, most).long())
+        survivors = survivors.unflatten(0, (num_images, -1)).transpose(1, 2) > 0
+        scores = torch.where(survivors, scores, -torch.inf).flatten(1)
+        scores, best = stable_topk(scores, min(self.detections_per_img, scores.shape[1]))
+        total = count.view(num_images, -1).sum(dim=1).clamp(max=best.shape[1])
+        labels = best % survivors.shape[-1] + 1
+        return DetectionBatch(gather(boxes.flatten(1, 2), best), scores.clamp(min=0), labels, total)
+
+    def losses(
+        self, features: Features, proposals: ProposalBatch, images: ImageBatch, targets: TargetBatch
+    ) -> dict[str, Tensor]:
+        """Losses of all branches over sampled proposals; ground-truth boxes are among the proposals."""
+        boxes = torch.cat((proposals.boxes, targets.boxes), dim=1)
+        present = torch.cat((proposals.valid, targets.valid), dim=1)
+        matched = match(targets, boxes, self.proposal_matcher)
+        labels = gather(targets.labels, matched.clamp(min=0))
+        labels = torch.where(matched == BACKGROUND, 0, torch.where(present & (matched != IGNORED), labels, -1))
+        labels = torch.where(present, labels, -1)
+        samples = sample(labels, self.fg_bg_sampler)
+        boxes, labels, matched = (gather(x, samples.index) for x in (boxes, labels, matched))
+        matched = matched.clamp(min=0)
+
+        logits, deltas = self._classify(features, boxes, samples.valid, images)
+        wanted = encode_deltas(gather(targets.boxes, matched), boxes, self.box_coder.weights)
+        result = losses.box_losses(logits, deltas, labels, wanted, samples.valid)
+
+        # Only positives reach the other branches, and they are the first samples.
+        positive = samples.valid & (labels > 0)
+        positives = samples.positives
+        boxes, labels, matched, positive = (x[:, :positives] for x in (boxes, labels, matched, positive))
+        if self.has_mask():
+            mask_logits = self._branch("mask", features, boxes, positive, images)
+            result["loss_mask"] = losses.mask_loss(of_label(mask_logits, labels), boxes, matched, positive, targets)
+        if self.has_keypoint():
+            heatmaps = self._branch("keypoint", features, boxes, positive, images)
+            result["loss_keypoint"] = losses.keypoint_loss(heatmaps, boxes, matched, positive, targets)
+        return result
+
+    def _classify(self, features: Features, boxes: Tensor, valid: Tensor, images: ImageBatch) -> tuple[Tensor, Tensor]:
+        """Class logits [N, K, classes] and box deltas [N, K, classes, 4] of `boxes` [N, K, 4]."""
+        pooled = pool(self.box_roi_pool, features, boxes, valid, images)
+        with ignoring_padding(valid, self.box_head, self.box_predictor):
+            logits, deltas = self.box_predictor(self.box_head(pooled))
+        slots = boxes.shape[:2]
+        return widen(logits.unflatten(0, slots)), widen(deltas.unflatten(0, slots).unflatten(2, (-1, 4)))
+
+    def _branch(self, name: str, features: Features, boxes: Tensor, valid: Tensor, images: ImageBatch) -> Tensor:
+        """Output [N, D, channels, M, M] of the mask or keypoint branch for `boxes` [N, D, 4]."""
+        head: nn.Module = getattr(self, f"{name}_head")
+        predictor: nn.Module = getattr(self, f"{name}_predictor")
+        pooled = pool(getattr(self, f"{name}_roi_pool"), features, boxes, valid, images)
+        with ignoring_padding(valid, head, predictor):
+            return predictor(head(pooled)).unflatten(0, boxes.shape[:2])
+
+
+def pool(pooler: nn.Module, features: Features, boxes: Tensor, valid: Tensor, images: ImageBatch) -> Tensor:
+    """RoI features [N K, C, P, P] of `boxes` [N, K, 4] by the options of `pooler`, a `MultiScaleRoIAlign`.
+
+    Slots that are not `valid` have batch index -1, which pools to zeros.
+    """
+    image = torch.arange(len(boxes), device=boxes.device)[:, None]
+    index = torch.where(valid, image, -1).to(boxes.dtype)
+    rois = torch.cat((index[..., None], boxes), dim=-1).flatten(0, 1)
+    maps = [feature for name, feature in features.items() if name in pooler.featmap_names]
+    return ops.multilevel_roi_align(
+        maps,
+        rois,
+        pooler.output_size,
+        ops.infer_scales(maps, images.tensors.shape[-2]),
+        pooler.sampling_ratio,
+        canonical_scale=pooler.canonical_scale,
+        canonical_level=pooler.canonical_level,
+    )
+
+
+def of_label(masks: Tensor, labels: Tensor) -> Tensor:
+    """The mask of each RoI's class: [N, D, M, M] of `masks` [N, D, classes, M, M]."""
+    index = labels[..., None, None, None].expand(*labels.shape, 1, *masks.shape[-2:])
+    return masks.gather(2, index).squeeze(2)

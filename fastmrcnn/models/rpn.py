@@ -1,0 +1,120 @@
+"""The region proposal network: head outputs to proposals, and its losses.
+
+N images, L levels, A anchors per cell, K proposals per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torchvision.models.detection.rpn as torchvision_rpn
+from torch import Tensor
+from torch.nn import functional
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+
+from fastmrcnn import ops
+from fastmrcnn.batches import ImageBatch, ProposalBatch, TargetBatch, first, trim, widen
+from fastmrcnn.models.sampling import BACKGROUND, IGNORED, gather, match, sample
+from fastmrcnn_kernels.reference.boxes import encode_deltas
+from fastmrcnn_kernels.reference.topk import stable_topk
+
+SMOOTH_L1_BETA = 1 / 9
+
+
+class RegionProposalNetwork(torchvision_rpn.RegionProposalNetwork):
+    """torchvision's `RegionProposalNetwork` with a fixed-shape flow: `head`, then `propose` and `losses`."""
+
+    def propose(self, images: ImageBatch, logits: Sequence[Tensor], deltas: Sequence[Tensor]) -> ProposalBatch:
+        """The best boxes of each image: top k per level, decoded, clipped, non-maximum suppression per level.
+
+        `logits` [N, A, Hl, Wl] and `deltas` [N, 4 A, Hl, Wl] per level are what the head returns.  Only the boxes of the
+        top k are decoded.  Gradients end here.
+        """
+        logits, deltas = [x.detach() for x in logits], [x.detach() for x in deltas]
+        top = [stable_topk(scores, min(self.pre_nms_top_n(), scores.shape[1])) for scores in map(by_anchor, logits)]
+        boxes, valid = ops.decode_proposals(
+            deltas,
+            [index for _, index in top],
+            self.base_anchors(logits[0].device),
+            self.strides(images, logits),
+            images.sizes,
+            min_size=self.min_size,
+        )
+        scores = torch.cat([value for value, _ in top], dim=1).sigmoid()
+        valid = valid & (scores >= self.score_thresh)
+
+        counts = [index.shape[1] for _, index in top]
+        per_level = [x.split(counts, dim=1) for x in (boxes, scores, valid)]
+        segments = [torch.stack([pad_slots(x, max(counts)) for x in levels], dim=1) for levels in per_level]
+        boxes, scores, valid = (x.flatten(0, 1) for x in segments)  # [N * L, max k, ...]
+        most = min(self.post_nms_top_n(), max(counts))
+        kept, count = ops.padded_nms(boxes, scores, valid, self.nms_thresh, most)
+
+        kept, num_images = kept.clamp(min=0), len(images.sizes)
+        scores = gather(scores, kept).masked_fill(~first(count, most), -torch.inf)
+        scores, boxes = (x.unflatten(0, (num_images, -1)).flatten(1, 2) for x in (scores, gather(boxes, kept)))
+        scores, best = stable_topk(scores, min(self.post_nms_top_n(), scores.shape[1]))
+        total = count.view(num_images, -1).sum(dim=1).clamp(max=best.shape[1])
+        return trim(ProposalBatch(gather(boxes, best), scores.clamp(min=0), total))
+
+    def losses(
+        self, images: ImageBatch, logits: Sequence[Tensor], deltas: Sequence[Tensor], targets: TargetBatch
+    ) -> dict[str, Tensor]:
+        """`loss_objectness` (binary cross entropy) and `loss_rpn_box_reg` (smooth L1) over sampled anchors."""
+        anchors = self.all_anchors(images, logits)
+        matched = match(targets, anchors, self.proposal_matcher)
+        labels = torch.where(matched >= 0, 1, torch.where(matched == BACKGROUND, 0, IGNORED))
+        samples = sample(labels, self.fg_bg_sampler)
+        labels = gather(labels, samples.index)
+        positive = samples.valid & (labels > 0)
+
+        objects = gather(targets.boxes, gather(matched, samples.index).clamp(min=0))
+        wanted = torch.where(positive[..., None], encode_deltas(objects, anchors[0][samples.index]), 0)
+        all_logits = torch.cat([by_anchor(x) for x in logits], dim=1)
+        all_deltas = torch.cat([by_anchor(x, 4) for x in deltas], dim=1)
+        predicted, logit = (widen(gather(x, samples.index)) for x in (all_deltas, all_logits))
+
+        box_loss = functional.smooth_l1_loss(predicted, wanted, beta=SMOOTH_L1_BETA, reduction="none").sum(dim=-1)
+        class_loss = functional.binary_cross_entropy_with_logits(logit, labels.to(logit.dtype), reduction="none")
+        sampled = samples.valid.sum().clamp(min=1)
+        return {
+            "loss_objectness": torch.where(samples.valid, class_loss, 0).sum() / sampled,
+            "loss_rpn_box_reg": torch.where(positive, box_loss, 0).sum() / sampled,
+        }
+
+    def base_anchors(self, device: torch.device) -> list[Tensor]:
+        """Anchors [A, 4] of the cell at the origin, per level; copied to a new device once."""
+        generator = self.anchor_generator
+        own = type(generator)
+        if own.forward is not AnchorGenerator.forward or own.grid_anchors is not AnchorGenerator.grid_anchors:
+            raise TypeError(
+                f"{own.__name__} overrides AnchorGenerator.forward or grid_anchors, but anchors are computed from their "
+                "index: set `sizes`, `aspect_ratios` or `cell_anchors` instead"
+            )
+        generator.set_cell_anchors(torch.float32, device)
+        return generator.cell_anchors
+
+    def strides(self, images: ImageBatch, maps: Sequence[Tensor]) -> list[tuple[int, int]]:
+        """Pixels per cell of each level, (height, width): padded size // map size, as torchvision has it."""
+        height, width = images.tensors.shape[-2:]
+        return [(height // x.shape[-2], width // x.shape[-1]) for x in maps]
+
+    def all_anchors(self, images: ImageBatch, maps: Sequence[Tensor]) -> Tensor:
+        """Every anchor of every level, the same for all images: [1, sum of Hl Wl A, 4]."""
+        one_image = ImageList(images.tensors, [tuple(images.tensors.shape[-2:])])
+        return self.anchor_generator(one_image, list(maps))[0][None]
+
+
+def by_anchor(output: Tensor, values: int = 1) -> Tensor:
+    """A head's output [N, A * values, H, W] in the order of anchors: [N, H W A], or [N, H W A, values] for several."""
+    flat = output.permute(0, 2, 3, 1).flatten(1)
+    return flat if values == 1 else flat.unflatten(1, (-1, values))
+
+
+def pad_slots(values: Tensor, slots: int) -> Tensor:
+    """`values` [N, K, ...] with zeros (False) up to `slots` in place of K."""
+    padded = values.new_zeros(len(values), slots, *values.shape[2:])
+    padded[:, : values.shape[1]] = values
+    return padded

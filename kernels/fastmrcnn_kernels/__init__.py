@@ -1,0 +1,1 @@
+"""The operations of a two-stage detector: reference definitions and Triton kernels.  Knows torch, never fastmrcnn."""

@@ -1,0 +1,12 @@
+"""Where values are cheap to read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether reading a value of `tensor` costs nothing: it is in CPU memory, and real (not traced or fake)."""
+    return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling()

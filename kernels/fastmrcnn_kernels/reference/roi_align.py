@@ -1,0 +1,103 @@
+"""RoIAlign as two small matrix products per RoI.
+
+The sample grid of a bin is a product of y and x positions, bilinear weights are products, and the rule "a sample outside
+[-1, H] x [-1, W] counts 0" is a product of two indicators.  So for one RoI and one channel
+
+    out[p, q] = sum_y sum_x Wy[p, y] * F[y, x] * Wx[q, x]            out = Wy F Wx^T
+
+with Wy [P, H] and Wx [Q, W] computed from the box alone.  Same numbers as torchvision's, which visits every sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ELEMENTS_AT_ONCE = 1 << 24
+"""How many feature values are gathered at a time: RoIs are taken in chunks, so memory does not grow with them."""
+
+
+def axis_weights(start: Tensor, extent: Tensor, bins: int, length: int, sampling_ratio: int) -> Tensor:
+    """Weight of each of `length` cells in each of `bins` bins of the intervals [start, start + extent]: [R, bins, length].
+
+    `start`, `extent` [R] are in cells.  Each bin averages `sampling_ratio` evenly spaced linear interpolations, or
+    ceil(extent / bins) of them where that is not positive.  Then the number of samples depends on the RoI, but no more
+    than five of them lie within one cell of a given cell (they are more than half a cell apart, or there is just one),
+    so each cell looks at six candidates, whatever the size of the RoI.
+    """
+    bin_size = (extent / bins)[:, None, None, None]
+    cell = torch.arange(length, device=start.device, dtype=start.dtype)[:, None]
+    origin = start[:, None, None, None] + torch.arange(bins, device=start.device)[:, None, None] * bin_size
+    if sampling_ratio > 0:
+        grid = torch.full_like(bin_size, sampling_ratio)
+        sample = torch.arange(sampling_ratio, device=start.device, dtype=start.dtype)
+    else:
+        grid = bin_size.ceil()
+        first = ((cell - 1 - origin) / (bin_size / grid) - 0.5).floor().clamp(min=0)
+        sample = first + torch.arange(6, device=start.device)
+    position = origin + (sample + 0.5) * bin_size / grid
+    counts = (sample < grid) & (position >= -1) & (position <= length)
+    distance = (cell - position.clamp(0, length - 1)).abs()
+    weight = torch.where(counts, (1 - distance).clamp(min=0), 0)
+    return weight.sum(dim=-1) / grid.squeeze(-1).clamp(min=1)
+
+
+def roi_align(
+    features: Tensor,
+    rois: Tensor,
+    output_size: tuple[int, int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """See `fastmrcnn.ops.roi_align`; `rois` [R, 5] are (batch index, x1, y1, x2, y2)."""
+    num_images, channels, height, width = features.shape
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    image, boxes = rois[:, 0], rois[:, 1:].detach().to(dtype) * spatial_scale - (0.5 if aligned else 0.0)
+    present = (image >= 0) & (image < num_images)
+    image = torch.where(present, image, 0).to(torch.int64)
+    extent = boxes[:, 2:] - boxes[:, :2]
+    if not aligned:
+        extent = extent.clamp(min=1)
+
+    pooled = []
+    chunk = max(1, ELEMENTS_AT_ONCE // max(1, channels * height * width))
+    for part in torch.arange(len(rois), device=rois.device).split(chunk):
+        wx = axis_weights(boxes[part, 0], extent[part, 0], output_size[1], width, sampling_ratio)
+        wy = axis_weights(boxes[part, 1], extent[part, 1], output_size[0], height, sampling_ratio)
+        bins = wy[:, None] @ features[image[part]].to(dtype) @ wx[:, None].mT
+        pooled.append(torch.where(present[part, None, None, None], bins, 0))
+    return torch.cat(pooled).to(features.dtype) if pooled else features.new_zeros(0, channels, *output_size)
+
+
+def assign_levels(
+    boxes: Tensor, num_levels: int, finest_level: int, canonical_scale: float, canonical_level: int
+) -> Tensor:
+    """Pyramid level 0 .. `num_levels` - 1 of `boxes` [R, 4] by equation 1 of the FPN paper: int64 [R].
+
+    A box of area `canonical_scale`^2 belongs to level `canonical_level`, where level 0 of the result is
+    `finest_level`.  Same operations as torchvision's `LevelMapper`, so equal at every edge.
+    """
+    extent = boxes[:, 2:] - boxes[:, :2]
+    scale = torch.sqrt(extent[:, 0] * extent[:, 1])
+    level = torch.floor(canonical_level + torch.log2(scale / canonical_scale) + 1e-6) - finest_level
+    return level.clamp(0, num_levels - 1).nan_to_num(0).to(torch.int64)
+
+
+def multilevel_roi_align(
+    features: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    output_size: tuple[int, int],
+    spatial_scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """See `fastmrcnn.ops.multilevel_roi_align`; `levels` [R] are given."""
+    pooled = 0
+    for level, (feature, scale) in enumerate(zip(features, spatial_scales, strict=True)):
+        here = torch.cat((torch.where(levels == level, rois[:, 0], -1)[:, None], rois[:, 1:]), dim=1)
+        pooled = pooled + roi_align(feature, here, output_size, scale, sampling_ratio, aligned)
+    return pooled

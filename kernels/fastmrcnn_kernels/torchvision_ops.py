@@ -1,0 +1,88 @@
+"""torchvision's C++ operations behind our padded signatures: the fast implementation on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+from fastmrcnn_kernels.host import on_host
+
+
+def roi_align(
+    features: Tensor,
+    rois: Tensor,
+    output_size: tuple[int, int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """`torchvision.ops.roi_align` with zeros for RoIs whose batch index names no image, or that are not finite.
+
+    torchvision would read outside the features for either.
+    """
+    dtype = torch.promote_types(features.dtype, torch.float32)  # boxes need it, and bfloat16 is not supported
+    present = (rois[:, 0] >= 0) & (rois[:, 0] < len(features)) & rois.isfinite().all(dim=1)
+    safe = torch.where(present[:, None], rois, 0).to(dtype)
+    pooled = torchvision.ops.roi_align(features.to(dtype), safe, output_size, spatial_scale, sampling_ratio, aligned)
+    return torch.where(present[:, None, None, None], pooled, 0).to(features.dtype)
+
+
+def multilevel_roi_align(
+    features: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    output_size: tuple[int, int],
+    spatial_scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """Each level pools its own RoIs where selecting them costs nothing; elsewhere all of them, and each RoI is kept once.
+
+    The second form does the work of all levels, and needs no synchronisation.
+    """
+    if len(features) == 1:
+        return roi_align(features[0], rois, output_size, spatial_scales[0], sampling_ratio, aligned)
+    selecting = on_host(rois)
+    pooled = features[0].new_zeros(len(rois), features[0].shape[1], *output_size)
+    for level, (feature, scale) in enumerate(zip(features, spatial_scales, strict=True)):
+        here = levels == level
+        if selecting:
+            index = here.nonzero().squeeze(1)
+            pooled[index] = roi_align(feature, rois[index], output_size, scale, sampling_ratio, aligned)
+        else:
+            masked = torch.cat((torch.where(here, rois[:, 0], -1)[:, None], rois[:, 1:]), dim=1)
+            pooled = pooled + roi_align(feature, masked, output_size, scale, sampling_ratio, aligned)
+    return pooled
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    """`torchvision.ops.nms` group by group: exact where `torchvision.ops.batched_nms` offsets coordinates and rounds."""
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    for group in idxs.unique().tolist():
+        members = (idxs == group).nonzero().flatten()
+        keep[members[torchvision.ops.nms(boxes[members], scores[members], iou_threshold)]] = True
+    kept = keep.nonzero().flatten()
+    return kept[scores[kept].sort(descending=True, stable=True).indices]
+
+
+def padded_nms(
+    boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, max_keep: int
+) -> tuple[Tensor, Tensor]:
+    """`torchvision.ops.nms` segment by segment; synchronises once per segment on a GPU."""
+    indices = torch.full((len(boxes), max_keep), -1, dtype=torch.int64, device=boxes.device)
+    count = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+    for segment in valid.any(dim=1).nonzero().flatten().tolist():
+        candidates = valid[segment].nonzero().flatten()
+        kept = torchvision.ops.nms(boxes[segment, candidates], scores[segment, candidates], iou_threshold)[:max_keep]
+        indices[segment, : len(kept)] = candidates[kept]
+        count[segment] = len(kept)
+    return indices, count
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], padding: int) -> Tensor:
+    """torchvision's Python loop over masks; boxes must touch the image."""
+    return paste_masks_in_image(masks[:, None], boxes, size, padding)[:, 0]

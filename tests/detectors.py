@@ -1,0 +1,101 @@
+"""Detectors with random weights that detect something, and comparisons between detectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torchvision.models.detection as torchvision_detection
+from torch import Tensor, nn
+
+import fastmrcnn
+from fastmrcnn_kernels.reference.boxes import pairwise_iou
+
+BUILDERS = [
+    "maskrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_fpn_v2",
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_fpn_v2",
+    "fasterrcnn_mobilenet_v3_large_fpn",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "keypointrcnn_resnet50_fpn",
+]
+
+
+def pair(builder: str, images: list[Tensor], **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    """torchvision's model and ours, in evaluation mode, with the same weights."""
+    torch.manual_seed(0)
+    arguments = {
+        "weights": None,
+        "weights_backbone": None,
+        "rpn_post_nms_top_n_test": 100,
+        "min_size": 224,
+        "max_size": 320,
+    } | kwargs
+    theirs = getattr(torchvision_detection, builder)(**arguments).eval()
+    calibrate(theirs, images[:1])
+    ours = getattr(fastmrcnn, builder)(**arguments).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+def calibrate(model: nn.Module, images: list[Tensor]) -> None:
+    """Scale random weights, stage by stage, so that activations, scores and boxes spread as in a trained model."""
+    heads = model.roi_heads
+    stages: list[tuple[nn.Module, float]] = [(block, 1.0) for block in model.backbone.fpn.inner_blocks]
+    stages += [(model.rpn.head.cls_logits, 2.0), (model.rpn.head.bbox_pred, 0.3)]
+    stages += [(heads.box_predictor.cls_score, 2.5), (heads.box_predictor.bbox_pred, 1.0)]
+    if heads.has_mask():
+        stages += [(heads.mask_predictor.mask_fcn_logits, 2.0)]
+    if heads.has_keypoint():
+        stages += [(heads.keypoint_predictor.kps_score_lowres, 2.0)]
+    for stage, wanted in stages:
+        layer = stage if isinstance(stage, nn.Conv2d | nn.Linear | nn.ConvTranspose2d) else stage[0]
+        seen: list[Tensor] = []
+        handle = layer.register_forward_hook(lambda _m, _i, output, seen=seen: seen.append(output))
+        with torch.no_grad():
+            model(images)
+            layer.weight *= wanted / torch.cat([x.flatten() for x in seen]).std()
+        handle.remove()
+
+
+def twins(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Share of the detections of `a` that have a twin in `b`: same label, IoU, score, mask and keypoints."""
+    if len(a["boxes"]) == 0:
+        return 1.0
+    if len(b["boxes"]) == 0:
+        return 0.0
+    same = pairwise_iou(a["boxes"], b["boxes"]) > 0.99
+    same &= a["labels"][:, None] == b["labels"]
+    same &= (a["scores"][:, None] - b["scores"]).abs() < 1e-3
+    if "masks" in a:
+        for i, j in same.nonzero().tolist():
+            inside = (a["masks"][i] > 0) | (b["masks"][j] > 0)
+            same[i, j] = (a["masks"][i] - b["masks"][j]).abs()[inside].mean() < 1e-2 if inside.any() else True
+    if "keypoints" in a:
+        for i, j in same.nonzero().tolist():
+            near = (a["keypoints"][i] - b["keypoints"][j]).abs().amax(dim=-1) < 1.0
+            same[i, j] = near.float().mean() >= 0.9  # equal peaks of a heatmap may be far apart
+    return same.any(dim=1).float().mean().item()
+
+
+def targets_for(images: list[Tensor], counts: list[int], *, keypoints: int = 0) -> list[dict[str, Any]]:
+    """Random rectangles as ground truth, `counts[i]` of them in `images[i]`."""
+    generator = torch.Generator().manual_seed(1)
+    targets = []
+    for image, count in zip(images, counts, strict=True):
+        height, width = image.shape[-2:]
+        size = torch.tensor([width, height])
+        start = torch.rand(count, 2, generator=generator) * 0.6 * size
+        extent = (0.1 + 0.3 * torch.rand(count, 2, generator=generator)) * size
+        boxes = torch.cat((start, start + extent), dim=1)
+        y, x = torch.arange(height)[:, None], torch.arange(width)
+        x1, y1, x2, y2 = (v[:, None, None] for v in boxes.unbind(1))
+        masks = ((x >= x1) & (x <= x2) & (y >= y1) & (y <= y2)).to(torch.uint8)
+        target = {"boxes": boxes, "labels": torch.ones(count, dtype=torch.int64), "masks": masks}
+        if keypoints:
+            spread = torch.rand(count, keypoints, 2, generator=generator) * 1.2 - 0.1  # some lie outside their box
+            xy = start[:, None] + spread * extent[:, None]
+            target["keypoints"] = torch.cat((xy, torch.full((count, keypoints, 1), 2.0)), dim=-1)
+        targets.append(target)
+    return targets
