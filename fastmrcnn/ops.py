@@ -14,7 +14,7 @@ Boxes are `x1,y1,x2,y2` in pixels everywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -171,26 +171,26 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
 
         `image_shapes` are the (height, width) of the images as they entered the network.
         """
-        height = max(h for h, _ in image_shapes)
-        features = [feature for name, feature in x.items() if name in self.featmap_names]
-        return self.pool(features, _rois(boxes), height)
-
-    def pool(self, features: Sequence[Tensor], rois: Tensor, image_height: int) -> Tensor:
-        """Pool `rois` [R, 5] from `features`, maps of images `image_height` pixels high."""
-        return multilevel_roi_align(
-            features,
-            rois,
-            self.output_size,
-            infer_scales(features, image_height),
-            self.sampling_ratio,
-            canonical_scale=self.canonical_scale,
-            canonical_level=self.canonical_level,
-        )
+        return pool_like(self, x, _rois(boxes), max(height for height, _ in image_shapes))
 
 
-def infer_scales(features: Sequence[Tensor], image_height: int) -> list[float]:
-    """Cells per pixel of each map, rounded to a power of two (torchvision's rule: FPN levels differ by factors of 2)."""
-    return [2.0 ** round(math.log2(feature.shape[-2] / image_height)) for feature in features]
+def pool_like(
+    pooler: torchvision.ops.MultiScaleRoIAlign, features: Mapping[str, Tensor], rois: Tensor, image_height: int
+) -> Tensor:
+    """RoI features [R, C, P, P] of `rois` [R, 5] by the options of `pooler`, from those `features` that it names.
+
+    Cells per pixel are the height of each map over `image_height`, rounded to a power of two: torchvision's rule.
+    """
+    maps = [feature for name, feature in features.items() if name in pooler.featmap_names]
+    return multilevel_roi_align(
+        maps,
+        rois,
+        pooler.output_size,
+        [2.0 ** round(math.log2(feature.shape[-2] / image_height)) for feature in maps],
+        pooler.sampling_ratio,
+        canonical_scale=pooler.canonical_scale,
+        canonical_level=pooler.canonical_level,
+    )
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, impl: Impl = "auto") -> Tensor:

@@ -20,6 +20,13 @@ Arguments = ParamSpec("Arguments")
 Model = TypeVar("Model", bound=GeneralizedRCNN)
 
 
+def adopt_detector(model: nn.Module, model_class: type[Model]) -> Model:
+    """torchvision's detector `model` and its parts, continued as `model_class`."""
+    for name, part in (("rpn", RegionProposalNetwork), ("roi_heads", RoIHeads), ("transform", Preprocess)):
+        setattr(model, name, adopt(model.get_submodule(name), part))
+    return adopt(model, model_class)
+
+
 def _ours(build: Callable[Arguments, nn.Module], model_class: type[Model], about: str) -> Callable[Arguments, Model]:
     """torchvision's builder `build`, its result continued as `model_class`."""
 
@@ -32,10 +39,7 @@ def _ours(build: Callable[Arguments, nn.Module], model_class: type[Model], about
                 f"{build.__name__}: the pretrained weights could not be downloaded ({error.reason}). Without a network "
                 "pass weights=None, weights_backbone=None, or put the file into torch.hub.get_dir()/checkpoints."
             ) from error
-        model.rpn = adopt(model.rpn, RegionProposalNetwork)
-        model.roi_heads = adopt(model.roi_heads, RoIHeads)
-        model.transform = adopt(model.transform, Preprocess)
-        return adopt(model, model_class)
+        return adopt_detector(model, model_class)
 
     builder.__module__ = __name__
     builder.__doc__ = (

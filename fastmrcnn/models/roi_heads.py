@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torchvision.models.detection.roi_heads as torchvision_heads
 from torch import Tensor, nn
+from torchvision.ops import MultiScaleRoIAlign
 
 from fastmrcnn import ops
 from fastmrcnn.batches import DetectionBatch, ImageBatch, ProposalBatch, TargetBatch, first, trim, widen
@@ -34,7 +35,7 @@ class RoIHeads(torchvision_heads.RoIHeads):
             detections.masks = widen(of_label(mask_logits, detections.labels)).sigmoid()
         if self.has_keypoint():
             heatmaps = widen(self._branch("keypoint", features, detections.boxes, detections.valid, images))
-            canvas = images.tensors.shape[-2:]
+            canvas = (images.tensors.shape[-2], images.tensors.shape[-1])
             keypoints, scores = ops.heatmaps_to_keypoints(
                 heatmaps.flatten(0, 1), detections.boxes.flatten(0, 1), canvas
             )
@@ -54,12 +55,12 @@ class RoIHeads(torchvision_heads.RoIHeads):
         boxes = clip_boxes(boxes, images.sizes)
         valid = (scores > self.score_thresh) & large_enough(boxes, MIN_DETECTION_SIZE) & proposals.valid[..., None]
 
-        segments = [x.transpose(1, 2).flatten(0, 1) for x in (boxes, scores, valid)]  # [N classes, K, ...]
+        per_class = [x.transpose(1, 2).flatten(0, 1) for x in (boxes, scores, valid)]  # [N classes, K, ...]
         most = min(self.detections_per_img, scores.shape[1])
-        kept, count = ops.padded_nms(*segments, self.nms_thresh, most)
+        kept, count = ops.padded_nms(per_class[0], per_class[1], per_class[2], self.nms_thresh, most)
 
         # Back to [N, K, classes], in whose order equal scores rank, as in torchvision.
-        survivors = torch.zeros_like(segments[2], dtype=torch.int64)
+        survivors = torch.zeros_like(per_class[2], dtype=torch.int64)
         survivors = survivors.scatter_add(1, kept.clamp(min=0), first(count, most).long())
         survivors = survivors.unflatten(0, (num_images, -1)).transpose(1, 2) > 0
         scores = torch.where(survivors, scores, -torch.inf).flatten(1)
@@ -76,10 +77,10 @@ class RoIHeads(torchvision_heads.RoIHeads):
         present = torch.cat((proposals.valid, targets.valid), dim=1)
         matched = match(targets, boxes, self.proposal_matcher)
         labels = gather(targets.labels, matched.clamp(min=0))
-        labels = torch.where(matched == BACKGROUND, 0, torch.where(present & (matched != IGNORED), labels, -1))
-        labels = torch.where(present, labels, -1)
+        labels = torch.where(matched == BACKGROUND, 0, labels)
+        labels = torch.where(present & (matched != IGNORED), labels, -1)
         samples = sample(labels, self.fg_bg_sampler)
-        boxes, labels, matched = (gather(x, samples.index) for x in (boxes, labels, matched))
+        boxes, labels, matched = (gather(x, samples.indices) for x in (boxes, labels, matched))
         matched = matched.clamp(min=0)
 
         logits, deltas = self._classify(features, boxes, samples.valid, images)
@@ -115,7 +116,7 @@ class RoIHeads(torchvision_heads.RoIHeads):
             return predictor(head(pooled)).unflatten(0, boxes.shape[:2])
 
 
-def pool(pooler: nn.Module, features: Features, boxes: Tensor, valid: Tensor, images: ImageBatch) -> Tensor:
+def pool(pooler: MultiScaleRoIAlign, features: Features, boxes: Tensor, valid: Tensor, images: ImageBatch) -> Tensor:
     """RoI features [N K, C, P, P] of `boxes` [N, K, 4] by the options of `pooler`, a `MultiScaleRoIAlign`.
 
     Slots that are not `valid` have batch index -1, which pools to zeros.
@@ -123,16 +124,7 @@ def pool(pooler: nn.Module, features: Features, boxes: Tensor, valid: Tensor, im
     image = torch.arange(len(boxes), device=boxes.device)[:, None]
     index = torch.where(valid, image, -1).to(boxes.dtype)
     rois = torch.cat((index[..., None], boxes), dim=-1).flatten(0, 1)
-    maps = [feature for name, feature in features.items() if name in pooler.featmap_names]
-    return ops.multilevel_roi_align(
-        maps,
-        rois,
-        pooler.output_size,
-        ops.infer_scales(maps, images.tensors.shape[-2]),
-        pooler.sampling_ratio,
-        canonical_scale=pooler.canonical_scale,
-        canonical_level=pooler.canonical_level,
-    )
+    return ops.pool_like(pooler, features, rois, images.tensors.shape[-2])
 
 
 def of_label(masks: Tensor, labels: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ class RegionProposalNetwork(torchvision_rpn.RegionProposalNetwork):
     def propose(self, images: ImageBatch, logits: Sequence[Tensor], deltas: Sequence[Tensor]) -> ProposalBatch:
         """The best boxes of each image: top k per level, decoded, clipped, non-maximum suppression per level.
 
-        `logits` [N, A, Hl, Wl] and `deltas` [N, 4 A, Hl, Wl] per level are what the head returns.  Only the boxes of the
-        top k are decoded.  Gradients end here.
+        `logits` [N, A, Hl, Wl] and `deltas` [N, 4 A, Hl, Wl] per level are what the head returns.  Only the boxes of
+        the top k are decoded.  Gradients end here.
         """
         logits, deltas = [x.detach() for x in logits], [x.detach() for x in deltas]
         top = [stable_topk(scores, min(self.pre_nms_top_n(), scores.shape[1])) for scores in map(by_anchor, logits)]
@@ -67,14 +67,14 @@ class RegionProposalNetwork(torchvision_rpn.RegionProposalNetwork):
         matched = match(targets, anchors, self.proposal_matcher)
         labels = torch.where(matched >= 0, 1, torch.where(matched == BACKGROUND, 0, IGNORED))
         samples = sample(labels, self.fg_bg_sampler)
-        labels = gather(labels, samples.index)
+        labels = gather(labels, samples.indices)
         positive = samples.valid & (labels > 0)
 
-        objects = gather(targets.boxes, gather(matched, samples.index).clamp(min=0))
-        wanted = torch.where(positive[..., None], encode_deltas(objects, anchors[0][samples.index]), 0)
+        objects = gather(targets.boxes, gather(matched, samples.indices).clamp(min=0))
+        wanted = torch.where(positive[..., None], encode_deltas(objects, anchors[0][samples.indices]), 0)
         all_logits = torch.cat([by_anchor(x) for x in logits], dim=1)
         all_deltas = torch.cat([by_anchor(x, 4) for x in deltas], dim=1)
-        predicted, logit = (widen(gather(x, samples.index)) for x in (all_deltas, all_logits))
+        predicted, logit = (widen(gather(x, samples.indices)) for x in (all_deltas, all_logits))
 
         box_loss = functional.smooth_l1_loss(predicted, wanted, beta=SMOOTH_L1_BETA, reduction="none").sum(dim=-1)
         class_loss = functional.binary_cross_entropy_with_logits(logit, labels.to(logit.dtype), reduction="none")
@@ -90,8 +90,8 @@ class RegionProposalNetwork(torchvision_rpn.RegionProposalNetwork):
         own = type(generator)
         if own.forward is not AnchorGenerator.forward or own.grid_anchors is not AnchorGenerator.grid_anchors:
             raise TypeError(
-                f"{own.__name__} overrides AnchorGenerator.forward or grid_anchors, but anchors are computed from their "
-                "index: set `sizes`, `aspect_ratios` or `cell_anchors` instead"
+                f"{own.__name__} overrides AnchorGenerator.forward or grid_anchors, but anchors are computed from "
+                "their index: set `sizes`, `aspect_ratios` or `cell_anchors` instead"
             )
         generator.set_cell_anchors(torch.float32, device)
         return generator.cell_anchors

@@ -36,12 +36,12 @@ class Samples(NamedTuple):
     """A random selection of S boxes per image, positives first.
 
     Attributes:
-        index: int64 [N, S] into the boxes that were sampled from.
+        indices: int64 [N, S] into the boxes that were sampled from.
         valid: which slots are used, bool [N, S].
         positives: positives are within so many of the first slots (which may hold others, too).
     """
 
-    index: Tensor
+    indices: Tensor
     valid: Tensor
     positives: int
 

@@ -40,7 +40,7 @@ def multilevel_roi_align(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    """Each level pools its own RoIs where selecting them costs nothing; elsewhere all of them, and each RoI is kept once.
+    """Each level pools its own RoIs where selecting them is free; elsewhere all of them, and keeps its own.
 
     The second form does the work of all levels, and needs no synchronisation.
     """
@@ -60,7 +60,7 @@ def multilevel_roi_align(
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """`torchvision.ops.nms` group by group: exact where `torchvision.ops.batched_nms` offsets coordinates and rounds."""
+    """`torchvision.ops.nms` group by group: exact, where `torchvision.ops.batched_nms` moves boxes and rounds them."""
     keep = torch.zeros_like(scores, dtype=torch.bool)
     for group in idxs.unique().tolist():
         members = (idxs == group).nonzero().flatten()

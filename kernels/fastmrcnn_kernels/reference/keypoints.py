@@ -28,9 +28,9 @@ def bicubic_weights(length: Tensor, cells: int, pixels: int) -> Tensor:
 def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor, max_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Keypoints [D, K, 3] (x, y, 1) in pixels and their scores [D, K] of `heatmaps` [D, K, S, S] in `boxes` [D, 4].
 
-    The semantics are those of torchvision's function of this name, which enlarges each heatmap to the size of its box in
-    whole pixels (a shape that depends on data).  Here it is enlarged within a canvas of `max_size` (height, width), which
-    no box may exceed, and the rest of the canvas is left out of the maximum.
+    The semantics are those of torchvision's function of this name, which enlarges each heatmap to the size of its box
+    in whole pixels (a shape that depends on data).  Here it is enlarged within a canvas of `max_size` (height, width),
+    which no box may exceed, and the rest of the canvas is left out of the maximum.
     """
     extent = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
     pixels = extent.ceil()

@@ -1,7 +1,7 @@
 """RoIAlign as two small matrix products per RoI.
 
-The sample grid of a bin is a product of y and x positions, bilinear weights are products, and the rule "a sample outside
-[-1, H] x [-1, W] counts 0" is a product of two indicators.  So for one RoI and one channel
+The sample grid of a bin is a product of y and x positions, bilinear weights are products, and the rule "a sample
+outside [-1, H] x [-1, W] counts 0" is a product of two indicators.  So for one RoI and one channel
 
     out[p, q] = sum_y sum_x Wy[p, y] * F[y, x] * Wx[q, x]            out = Wy F Wx^T
 
@@ -20,12 +20,12 @@ ELEMENTS_AT_ONCE = 1 << 24
 
 
 def axis_weights(start: Tensor, extent: Tensor, bins: int, length: int, sampling_ratio: int) -> Tensor:
-    """Weight of each of `length` cells in each of `bins` bins of the intervals [start, start + extent]: [R, bins, length].
+    """Weight of each of `length` cells in each of `bins` bins of an interval: [R, bins, length].
 
-    `start`, `extent` [R] are in cells.  Each bin averages `sampling_ratio` evenly spaced linear interpolations, or
-    ceil(extent / bins) of them where that is not positive.  Then the number of samples depends on the RoI, but no more
-    than five of them lie within one cell of a given cell (they are more than half a cell apart, or there is just one),
-    so each cell looks at six candidates, whatever the size of the RoI.
+    The intervals are [start, start + extent]; `start`, `extent` [R] are in cells.  Each bin averages `sampling_ratio`
+    evenly spaced linear interpolations, or ceil(extent / bins) of them where that is not positive.  Then the number of
+    samples depends on the RoI, but no more than five of them lie within one cell of a given cell (they are more than
+    half a cell apart, or there is just one), so each cell looks at six candidates, whatever the size of the RoI.
     """
     bin_size = (extent / bins)[:, None, None, None]
     cell = torch.arange(length, device=start.device, dtype=start.dtype)[:, None]
@@ -96,7 +96,7 @@ def multilevel_roi_align(
     aligned: bool,
 ) -> Tensor:
     """See `fastmrcnn.ops.multilevel_roi_align`; `levels` [R] are given."""
-    pooled = 0
+    pooled = features[0].new_zeros(len(rois), features[0].shape[1], *output_size)
     for level, (feature, scale) in enumerate(zip(features, spatial_scales, strict=True)):
         here = torch.cat((torch.where(levels == level, rois[:, 0], -1)[:, None], rois[:, 1:]), dim=1)
         pooled = pooled + roi_align(feature, here, output_size, scale, sampling_ratio, aligned)

@@ -9,9 +9,9 @@ from torch import Tensor
 def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` largest of `scores` [..., M] in descending order: values and int64 indices, both [..., k].
 
-    Scores are compared in float32.  Among equal ones the lower index comes first (`torch.topk` leaves that open); NaN counts as -inf.  Score and index
-    are packed into one int64 whose order is the wanted one: the bits of a float, with the sign turned into two's
-    complement, sort as the float does.
+    Scores are compared in float32.  Among equal ones the lower index comes first (`torch.topk` leaves that open); NaN
+    counts as -inf.  Score and index are packed into one int64 whose order is the wanted one: the bits of a float, with
+    the sign turned into two's complement, sort as the float does.
     """
     number = torch.where(scores.isnan(), -torch.inf, scores.float()) + 0.0  # -0.0 + 0.0 is 0.0: one zero, one key
     bits = number.view(torch.int32)

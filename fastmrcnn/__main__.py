@@ -1,0 +1,5 @@
+"""`python -m fastmrcnn`."""
+
+from fastmrcnn.cli import main
+
+main()
