@@ -33,8 +33,8 @@ class DemoConfig:
     """
 
     output: Path = Path("runs/demo")
-    images: int = 480
-    epochs: int = 3
+    images: int = 800
+    epochs: int = 4
     image_size: int = 96
     device: str | None = None
     seed: int = 0
@@ -67,7 +67,7 @@ def run(config: DemoConfig) -> Path:
 
 def training(config: DemoConfig) -> TrainConfig:
     """How the demonstration trains: ResNet-18, every stage narrow, a short warm-up."""
-    steps = config.images // 8
+    steps = config.images // 4
     return TrainConfig(
         data=DataConfig(Path(), Path(), workers=0),
         model=ModelConfig(
@@ -79,10 +79,10 @@ def training(config: DemoConfig) -> TrainConfig:
             box_samples=64,
             detections_per_image=20,
         ),
-        optim=OptimConfig(lr=0.02, warmup_steps=steps // 2, milestones=[config.epochs - 1], clip_norm=5.0),
+        optim=OptimConfig(lr=0.01, warmup_steps=steps // 2, milestones=[config.epochs - 1], clip_norm=5.0),
         output=config.output,
         epochs=config.epochs,
-        batch_size=8,
+        batch_size=4,
         evaluate_every=config.epochs,
         device=config.device,
         seed=config.seed,

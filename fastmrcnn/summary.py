@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmrcnn.batches import ImageBatch
+from fastmrcnn.batches import DetectionBatch, ImageBatch
 from fastmrcnn.models.config import ModelConfig, build_model
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
 
@@ -46,20 +47,37 @@ def summarize(model: GeneralizedRCNN, image_size: tuple[int, int], depth: int = 
     Two operations per multiply-add; element-wise work and pooling are not counted.
     """
     model = model.to("meta").eval()
-    images = ImageBatch(
-        torch.empty(1, 3, *image_size, device="meta"), torch.tensor([list(image_size)], device="meta")
-    )
+    images = ImageBatch(torch.empty(1, 3, *image_size, device="meta"), torch.tensor([list(image_size)], device="meta"))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.detect(images)
+        _Detect(model)(images)
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    root = type(model).__name__
-    layers = [LayerSummary("", root, sum(p.numel() for p in model.parameters()), flops.get("Global", 0))]
+
+    def operations(name: str, module: nn.Module) -> int:
+        """Of a module that is called, or, of one that only holds others, of what it holds."""
+        if (key := f"_Detect.model.{name}") in flops:
+            return flops[key]
+        return sum(operations(f"{name}.{child}", part) for child, part in module.named_children())
+
+    layers = [LayerSummary("", type(model).__name__, _parameters(model), flops.get("Global", 0))]
     for name, module in model.named_modules():
-        parameters = sum(p.numel() for p in module.parameters())
-        if name and name.count(".") < depth and parameters:
-            operations = flops.get(f"{root}.{name}", flops.get(name, 0))
-            layers.append(LayerSummary(name, type(module).__name__, parameters, operations))
+        if name and name.count(".") < depth and _parameters(module):
+            layers.append(LayerSummary(name, type(module).__name__, _parameters(module), operations(name, module)))
     return layers
+
+
+class _Detect(nn.Module):
+    """Makes `detect` a call, which is what the counter of operations follows."""
+
+    def __init__(self, model: GeneralizedRCNN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: ImageBatch) -> DetectionBatch:
+        return self.model.detect(images)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def table(layers: list[LayerSummary]) -> str:

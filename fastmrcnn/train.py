@@ -3,8 +3,8 @@
     python -m fastmrcnn.train --config configs/nuclei_small.yaml
     fastmrcnn train --data.train_images photos --data.train_annotations photos.json
 
-`run` builds datasets and model from a `TrainConfig`, `train` is the loop: SGD with a linear warm-up and a step schedule,
-average precision after epochs, checkpoints `last.pt` and `best.pt`, numbers in `metrics.jsonl`.
+`run` builds datasets and model from a `TrainConfig`, `train` is the loop: SGD with a linear warm-up and a step
+schedule, average precision after epochs, checkpoints `last.pt` and `best.pt`, numbers in `metrics.jsonl`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class ModelInfo:
 def save_checkpoint(
     path: str | os.PathLike[str], model: nn.Module, info: ModelInfo, training: dict[str, Any] | None = None
 ) -> Path:
-    """Write a checkpoint: tensors, numbers, strings, lists and dicts only.  An interrupted write leaves the old file."""
+    """Write a checkpoint: tensors, numbers, strings, lists and dicts.  An interrupted write leaves the old file."""
     content = {"format": FORMAT, "model": model.state_dict(), "info": asdict(info), "training": training}
     return write_atomically(path, lambda temporary: torch.save(content, temporary))
 

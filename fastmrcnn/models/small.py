@@ -12,6 +12,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
 from fastmrcnn.models.mask_rcnn import MaskRCNN
+from fastmrcnn.ops import MultiScaleRoIAlign
 
 POOLED = 7
 
@@ -25,7 +26,7 @@ def maskrcnn_resnet18_fpn(
     anchor_sizes: Sequence[int] = (16, 32, 64, 128, 256),
     **kwargs: Any,
 ) -> MaskRCNN:
-    """Mask R-CNN, ResNet-18 and FPN, with narrow heads; nothing frozen.
+    """Mask R-CNN, ResNet-18 and FPN, with narrow heads and one sample per RoI bin; nothing frozen.
 
     Args:
         num_classes: classes, with the background.
@@ -38,13 +39,16 @@ def maskrcnn_resnet18_fpn(
     body = resnet18(weights=weights_backbone)
     layers = {f"layer{i}": str(i - 1) for i in (1, 2, 3, 4)}
     backbone = BackboneWithFPN(body, layers, [64, 128, 256, 512], channels)
+    maps = list(layers.values())
     return MaskRCNN(
         backbone,
         rpn_anchor_generator=AnchorGenerator(
             tuple((size,) for size in anchor_sizes), ((0.5, 1.0, 2.0),) * len(anchor_sizes)
         ),
+        box_roi_pool=MultiScaleRoIAlign(maps, output_size=POOLED, sampling_ratio=1),
         box_head=TwoMLPHead(channels * POOLED**2, head_features),
         box_predictor=FastRCNNPredictor(head_features, num_classes),
+        mask_roi_pool=MultiScaleRoIAlign(maps, output_size=2 * POOLED, sampling_ratio=1),
         mask_head=MaskRCNNHeads(channels, (channels, channels), dilation=1),
         mask_predictor=MaskRCNNPredictor(channels, channels, num_classes),
         **kwargs,

@@ -1,0 +1,132 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from torchvision.models.detection import maskrcnn_resnet50_fpn
+
+from fastmrcnn.cli import COMMANDS, main
+from fastmrcnn.data import Shapes
+from fastmrcnn.models.config import ModelConfig, build_model
+from fastmrcnn.summary import summarize
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    """A COCO-format folder of four generated images."""
+    data = Shapes(4, image_size=(64, 64))
+    coco = json.loads(json.dumps(data.coco))
+    for i, record in enumerate(coco["images"]):
+        record["file_name"] = f"{i}.png"
+        pixels = (data[i][0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    (tmp_path / "shapes.json").write_text(json.dumps(coco))
+    return tmp_path
+
+
+SMALL_MODEL = """
+model:
+  name: maskrcnn_resnet18_fpn
+  min_size: 64
+  max_size: 64
+  anchor_sizes: [8, 16, 32, 64, 128]
+  proposals: 50
+  box_samples: 16
+"""
+
+
+def test_train_evaluate_predict(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"data:\n  train_images: {shapes}\n  train_annotations: {shapes}/shapes.json\n"
+        f"  val_images: {shapes}\n  val_annotations: {shapes}/shapes.json\n  workers: 0\n"
+        f"{SMALL_MODEL}epochs: 5\nbatch_size: 2\ndevice: cpu\n"
+    )
+    out = tmp_path / "run"
+    main(["train", "--config", str(config), "--epochs", "1", "--output", str(out)])
+    assert "epoch 1: bbox AP" in capsys.readouterr().out
+    assert (out / "best.pt").exists()
+
+    main(
+        [
+            "evaluate",
+            "--checkpoint",
+            str(out / "best.pt"),
+            "--images",
+            str(shapes),
+            "--annotations",
+            str(shapes / "shapes.json"),
+            "--workers",
+            "0",
+            "--output",
+            str(out / "results.json"),
+            "--max_detections",
+            "50",
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert printed.count("Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets= 50 ]") == 2
+    assert isinstance(json.loads((out / "results.json").read_text()), list)
+
+    main(
+        [
+            "predict",
+            "--inputs",
+            f"[{shapes / '0.png'}]",
+            "--checkpoint",
+            str(out / "best.pt"),
+            "--output",
+            str(out / "pictures"),
+        ]
+    )
+    assert (out / "pictures" / "0.png").exists()
+    assert isinstance(json.loads((out / "pictures" / "results.json").read_text()), list)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_each_field(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [i for i, line in enumerate(lines) if line.startswith("  --") and "--config" not in line]
+    assert names
+    for i in names:  # an option's own line or the next one says what it means, not just its type
+        text = " ".join(lines[i : i + 2])
+        assert len(text.split("(type")[0].split()) > 3, lines[i]
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"fastmrcnn evaluate: .*nowhere\.json"):
+        main(["evaluate", "--results", str(tmp_path / "nowhere.json"), "--annotations", str(tmp_path / "nowhere.json")])
+
+
+def test_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--no_such_option", "1"])
+    assert stop.value.code == 2
+    assert "no_such_option" in capsys.readouterr().err
+
+
+def test_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["summary", "--depth", "1"])
+    printed = capsys.readouterr().out
+    model = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    assert f"{sum(p.numel() for p in model.parameters()):,}" in printed
+    assert (
+        "538.39" in printed
+    )  # GFLOP at 800x1344, 1000 proposals and 100 detections: the sum of ResNet-50, FPN, RPN and heads
+
+
+def test_operations_of_a_known_layer() -> None:
+    model = build_model(ModelConfig("maskrcnn_resnet18_fpn"), 2)
+    layers = {layer.name: layer for layer in summarize(model, (64, 64), depth=3)}
+    assert layers["backbone.body.conv1"].flops == 2 * 3 * 64 * 7 * 7 * 32 * 32
+    assert layers["backbone.body.conv1"].parameters == 3 * 64 * 7 * 7
+    assert layers[""].flops == sum(layers[name].flops for name in ("backbone", "rpn", "roi_heads"))
