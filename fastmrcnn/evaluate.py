@@ -296,6 +296,7 @@ def _evaluate_file(config: EvaluateConfig) -> dict[str, CocoMetrics]:
 
 
 def _evaluate_checkpoint(config: EvaluateConfig) -> dict[str, CocoMetrics]:
+    assert config.checkpoint is not None
     if config.images is None:
         raise ValueError("a checkpoint needs images: give the folder of the images that the annotations name")
     # Read by a command only: whoever evaluates a model of their own needs none of the weight formats.

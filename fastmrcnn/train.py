@@ -130,7 +130,7 @@ def train(config: TrainConfig, train_set: DetectionDataset, val_set: DetectionDa
     info = ModelInfo(config.model, train_set.class_names, train_set.category_ids, train_set.num_keypoints)
     model = build_model(config.model, train_set.num_classes, train_set.num_keypoints).to(device)
     optimizer = torch.optim.SGD(parameter_groups(model, config.optim), config.optim.lr, config.optim.momentum)
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         train_set,  # type: ignore[arg-type]  # has __getitem__ and __len__, all that a loader needs
         config.batch_size,
         shuffle=True,
@@ -152,7 +152,7 @@ def train(config: TrainConfig, train_set: DetectionDataset, val_set: DetectionDa
     for epoch in range(first_epoch, config.epochs):
         started = time.monotonic()
         losses = train_epoch(model, loader, optimizer, schedule, config, epoch, device)
-        record = {"epoch": epoch + 1, "lr": schedule.get_last_lr()[0], "losses": losses}
+        record: dict[str, Any] = {"epoch": epoch + 1, "lr": schedule.get_last_lr()[0], "losses": losses}
         record["seconds"] = time.monotonic() - started
 
         improved = val_set is None
@@ -206,7 +206,7 @@ def train_epoch(
         schedule.step()
 
         if step % config.log_every == 0 or step + 1 == len(loader):
-            values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
+            values: dict[str, float] = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
             if not all(math.isfinite(v) for v in values.values()):
                 ids = [target["image_id"] for target in targets]
                 raise FloatingPointError(

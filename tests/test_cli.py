@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from fastmrcnn.cli import COMMANDS, main

@@ -40,16 +40,14 @@ def maskrcnn_resnet18_fpn(
     layers = {f"layer{i}": str(i - 1) for i in (1, 2, 3, 4)}
     backbone = BackboneWithFPN(body, layers, [64, 128, 256, 512], channels)
     maps = list(layers.values())
-    return MaskRCNN(
-        backbone,
-        rpn_anchor_generator=AnchorGenerator(
-            tuple((size,) for size in anchor_sizes), ((0.5, 1.0, 2.0),) * len(anchor_sizes)
-        ),
-        box_roi_pool=MultiScaleRoIAlign(maps, output_size=POOLED, sampling_ratio=1),
-        box_head=TwoMLPHead(channels * POOLED**2, head_features),
-        box_predictor=FastRCNNPredictor(head_features, num_classes),
-        mask_roi_pool=MultiScaleRoIAlign(maps, output_size=2 * POOLED, sampling_ratio=1),
-        mask_head=MaskRCNNHeads(channels, (channels, channels), dilation=1),
-        mask_predictor=MaskRCNNPredictor(channels, channels, num_classes),
-        **kwargs,
-    )
+    anchors = AnchorGenerator(tuple((size,) for size in anchor_sizes), ((0.5, 1.0, 2.0),) * len(anchor_sizes))
+    parts: dict[str, Any] = {  # torchvision's constructors have no type hints
+        "rpn_anchor_generator": anchors,
+        "box_roi_pool": MultiScaleRoIAlign(maps, output_size=POOLED, sampling_ratio=1),
+        "box_head": TwoMLPHead(channels * POOLED**2, head_features),
+        "box_predictor": FastRCNNPredictor(head_features, num_classes),
+        "mask_roi_pool": MultiScaleRoIAlign(maps, output_size=2 * POOLED, sampling_ratio=1),
+        "mask_head": MaskRCNNHeads(channels, (channels, channels), dilation=1),
+        "mask_predictor": MaskRCNNPredictor(channels, channels, num_classes),
+    }
+    return MaskRCNN(backbone, **(parts | kwargs))

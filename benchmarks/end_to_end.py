@@ -1,0 +1,154 @@
+"""A whole detection, ours and torchvision's in turn, in one process with the same weights and images.
+
+    python -m benchmarks.end_to_end                       # 480x640, batch 1, the default model
+    python -m benchmarks.end_to_end --images photos --builder fasterrcnn_resnet50_fpn --json result.json
+
+Reports the p20, p50 and p80 of the times and of their ratio, pair by pair: on a machine whose speed drifts the ratio
+holds where the times do not.  The run fails if the detections of the two differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fastmrcnn
+from fastmrcnn.data import Shapes, image_files, load_image
+from fastmrcnn.files import write_json
+from fastmrcnn_kernels.reference.boxes import pairwise_iou
+
+PERCENTILES = (20, 50, 80)
+
+
+def main() -> None:
+    """Run the benchmark of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--builder", default="maskrcnn_resnet50_fpn", help="a torchvision detector")
+    parser.add_argument("--images", type=Path, help="folder of photos; generated images otherwise")
+    parser.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"), help="photos are resized")
+    parser.add_argument("--batch", type=int, default=1, help="images per call")
+    parser.add_argument("--pairs", type=int, default=10, help="counted runs of each")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    options = parser.parse_args()
+
+    images = load_images(options.images, tuple(options.size), options.batch, options.device)
+    theirs, ours = models(options.builder, images, options.device)
+    with torch.inference_mode():
+        agreement = same_detections(theirs(images), ours(images))
+        times = paired_times({"torchvision": lambda: theirs(images), "fastmrcnn": lambda: ours(images)}, options.pairs)
+    result = report(times) | {"agreement": agreement, "conditions": conditions(options)}
+    print(json.dumps(result, indent=2))
+    if options.json:
+        write_json(options.json, result)
+    if agreement < 0.98:
+        raise SystemExit(f"only {agreement:.1%} of the detections agree: the times mean nothing")
+
+
+def models(builder: str, images: Sequence[Tensor], device: str) -> tuple[nn.Module, nn.Module]:
+    """torchvision's model and ours with equal random weights, scaled so that both detect as a trained model would."""
+    torch.manual_seed(0)
+    arguments: dict[str, Any] = {"weights": None, "weights_backbone": None}
+    theirs = getattr(torchvision.models.detection, builder)(**arguments).to(device).eval()
+    spread_activations(theirs, images)
+    ours = getattr(fastmrcnn, builder)(**arguments).to(device).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def spread_activations(model: nn.Module, images: Sequence[Tensor]) -> None:
+    """Scale the last layers, so that scores and boxes spread: random ones give no detection, or all at once."""
+    heads = model.roi_heads
+    wanted = {
+        model.rpn.head.cls_logits: 2.0,
+        model.rpn.head.bbox_pred: 0.3,
+        heads.box_predictor.cls_score: 2.5,
+        heads.box_predictor.bbox_pred: 1.0,
+    }
+    for layer, deviation in wanted.items():
+        seen: list[Tensor] = []
+        handle = layer.register_forward_hook(lambda _m, _i, output, seen=seen: seen.append(output))
+        with torch.no_grad():
+            model(list(images))
+            layer.weight *= deviation / torch.cat([output.flatten() for output in seen]).std()
+        handle.remove()
+
+
+def load_images(folder: Path | None, size: tuple[int, int], count: int, device: str) -> list[Tensor]:
+    """`count` images [3, H, W] of `size`, photos of `folder` or generated ones."""
+    if folder is None:
+        shapes = Shapes(count, image_size=size)
+        return [shapes[i][0].to(device) for i in range(count)]
+    photos = [load_image(path) for path in image_files(folder)[:count]]
+    resized = [functional.interpolate(photo[None], size=size, mode="bilinear", antialias=True)[0] for photo in photos]
+    return [photo.clamp(0, 1).to(device) for photo in resized]
+
+
+def paired_times(calls: dict[str, Callable[[], object]], pairs: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of each of `calls`, run in turn; the first of a pair alternates."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(-warm_up, pairs):
+        order = list(calls) if i % 2 == 0 else list(reversed(calls))
+        for name in order:
+            started = time.perf_counter()
+            calls[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if i >= 0:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def report(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Percentiles of each time in milliseconds, and of torchvision's time over ours."""
+    ratio = torch.tensor(times["torchvision"]) / torch.tensor(times["fastmrcnn"])
+    percentiles = {f"{name}_ms": _percentiles(torch.tensor(values) * 1e3) for name, values in times.items()}
+    return percentiles | {"speedup": _percentiles(ratio)}
+
+
+def _percentiles(values: Tensor) -> dict[str, float]:
+    return {f"p{p}": round(torch.quantile(values, p / 100).item(), 3) for p in PERCENTILES}
+
+
+def same_detections(theirs: list[dict[str, Tensor]], ours: list[dict[str, Tensor]]) -> float:
+    """Share of torchvision's detections that ours has, too: label, box (IoU > 0.99), score (within 1e-3)."""
+    found = total = 0
+    for a, b in zip(theirs, ours, strict=True):
+        same = (pairwise_iou(a["boxes"], b["boxes"]) > 0.99) & (a["labels"][:, None] == b["labels"])
+        same &= (a["scores"][:, None] - b["scores"]).abs() < 1e-3
+        found, total = found + int(same.any(dim=1).sum()), total + len(a["boxes"])
+    return found / max(total, 1)
+
+
+def conditions(options: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers depend on."""
+    on_gpu = options.device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name()
+        if on_gpu
+        else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "fastmrcnn": fastmrcnn.__version__,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "builder": options.builder,
+        "size": list(options.size),
+        "batch": options.batch,
+        "pairs": options.pairs,
+        "images": "photos" if options.images else "generated",
+    }
+
+
+if __name__ == "__main__":
+    main()
