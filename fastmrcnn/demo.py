@@ -44,8 +44,8 @@ def run(config: DemoConfig) -> Path:
     """Train, print the table of average precision, write the picture and return its path."""
     started = time.monotonic()
     size = (config.image_size, config.image_size)
-    train_set = Shapes(config.images, image_size=size, max_objects=4, seed=config.seed)
-    val_set = Shapes(48, image_size=size, max_objects=4, seed=config.seed + 1)
+    train_set = Shapes(config.images, image_size=size, max_objects=4, tinted=True, seed=config.seed)
+    val_set = Shapes(48, image_size=size, max_objects=4, tinted=True, seed=config.seed + 1)
     best = train(training(config), train_set, val_set)
 
     device = torch.device(config.device) if config.device else default_device()
@@ -74,9 +74,9 @@ def training(config: DemoConfig) -> TrainConfig:
             "maskrcnn_resnet18_fpn",
             min_size=config.image_size,
             max_size=config.image_size,
-            anchor_sizes=[8, 16, 32, 64, 128],
-            proposals=200,
-            box_samples=64,
+            anchor_sizes=[16, 32, 64, 128, 256],
+            proposals=100,
+            box_samples=32,
             detections_per_image=20,
         ),
         optim=OptimConfig(lr=0.01, warmup_steps=steps // 2, milestones=[config.epochs - 1], clip_norm=5.0),

@@ -100,22 +100,22 @@ def place(
 
 
 def _draw_shape(rng: np.random.Generator, size: tuple[int, int]) -> Shape:
-    a = min(size) * _uniform(rng, 0.08, 0.24)
+    a = min(size) * _uniform(rng, 0.13, 0.28)
     label = int(rng.integers(1, 4))
-    b = a * (_uniform(rng, 0.4, 1.0) if label == 2 else _uniform(rng, 0.45, 0.75))
+    b = a * (_uniform(rng, 0.4, 0.75) if label == 2 else _uniform(rng, 0.45, 0.75))
     margin = 0.3 * a
     x = _uniform(rng, margin, size[1] - margin)
     y = _uniform(rng, margin, size[0] - margin)
     return Shape(label, x, y, a, b, *_direction(rng))
 
 
-def paint(rng: np.random.Generator, shapes: list[Shape], owner: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """RGB uint8 [H,W,3]: background, then every shape's visible pixels, then noise."""
+def paint(rng: np.random.Generator, shapes: list[Shape], owner: NDArray[np.int64], tinted: bool) -> NDArray[np.uint8]:
+    """RGB uint8 [H,W,3]: background, then every shape's visible pixels, then noise; `tinted`: see `Shapes`."""
     size = (owner.shape[0], owner.shape[1])
     xs, ys = _grid(size)
     canvas = _background(rng, size)
     for number, shape in enumerate(shapes, start=1):
-        color = _contrasting(rng, canvas[int(shape.y), int(shape.x)])
+        color = _tint(rng, shape.label) if tinted else _contrasting(rng, canvas[int(shape.y), int(shape.x)])
         u, _ = shape.local(xs, ys)
         shade = 1 + _uniform(rng, 0.1, 0.3) * u / (2 * shape.a)
         if rng.random() < 0.5:  # stripes along v
@@ -133,6 +133,13 @@ def _contrasting(rng: np.random.Generator, under: FloatArray) -> FloatArray:
         color = _uniform(rng, 30, 240, (3,))
         if np.abs(color - under).max() >= 60:
             return color
+
+
+def _tint(rng: np.random.Generator, label: int) -> FloatArray:
+    """An RGB colour that is mostly red, green or blue, as the label is 1, 2 or 3."""
+    color = _uniform(rng, 20, 110, (3,))
+    color[label - 1] = _uniform(rng, 170, 240)
+    return color
 
 
 def _muted(rng: np.random.Generator) -> FloatArray:

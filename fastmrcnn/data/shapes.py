@@ -29,6 +29,7 @@ class Shapes(Dataset[tuple[Tensor, Target]]):
         max_objects: most objects in an image.
         min_objects: fewest objects wanted, 0 for images without any. A crowded image may end up with fewer, if not
             without any.
+        tinted: give each class its own range of colours, which a network learns sooner than shapes alone.
         seed: non-negative; data sets of different seeds share no images.
         transforms: `(image, target) -> (image, target)`, applied last.
 
@@ -43,6 +44,7 @@ class Shapes(Dataset[tuple[Tensor, Target]]):
         image_size: tuple[int, int] = (128, 128),
         max_objects: int = 6,
         min_objects: int = 1,
+        tinted: bool = False,
         seed: int = 0,
         transforms: Callable[[Tensor, Target], tuple[Tensor, Target]] | None = None,
     ) -> None:
@@ -56,6 +58,7 @@ class Shapes(Dataset[tuple[Tensor, Target]]):
         self.size = (int(image_size[0]), int(image_size[1]))
         self.max_objects = max_objects
         self.min_objects = min_objects
+        self.tinted = tinted
         self.seed = seed
         self.transforms = transforms
         self.category_ids = [1, 2, 3]
@@ -83,7 +86,7 @@ class Shapes(Dataset[tuple[Tensor, Target]]):
         i = self._index(i)
         rng = self._generator(i)
         shapes, owner = place(rng, self.size, self.min_objects, self.max_objects)
-        image = torch.from_numpy(paint(rng, shapes, owner).transpose(2, 0, 1).copy()).float() / 255
+        image = torch.from_numpy(paint(rng, shapes, owner, self.tinted).transpose(2, 0, 1).copy()).float() / 255
         target = self._target(i, shapes, owner)
         return (image, target) if self.transforms is None else self.transforms(image, target)
 

@@ -31,9 +31,9 @@ def encode_deltas(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.
     anchor_centre = anchors[..., :2] + 0.5 * anchor_size
     box_centre = boxes[..., :2] + 0.5 * box_size
     wx, wy, ww, wh = weights
-    offset = (box_centre - anchor_centre) / anchor_size
-    growth = torch.log(box_size / anchor_size)
-    return torch.stack((offset[..., 0] * wx, offset[..., 1] * wy, growth[..., 0] * ww, growth[..., 1] * wh), dim=-1)
+    offset, growth = box_centre - anchor_centre, torch.log(box_size / anchor_size)
+    dx, dy = wx * offset[..., 0] / anchor_size[..., 0], wy * offset[..., 1] / anchor_size[..., 1]
+    return torch.stack((dx, dy, ww * growth[..., 0], wh * growth[..., 1]), dim=-1)
 
 
 def decode_deltas(deltas: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:

@@ -41,7 +41,7 @@ def axis_weights(start: Tensor, extent: Tensor, bins: int, length: int, sampling
     counts = (sample < grid) & (position >= -1) & (position <= length)
     distance = (cell - position.clamp(0, length - 1)).abs()
     weight = torch.where(counts, (1 - distance).clamp(min=0), 0)
-    return weight.sum(dim=-1) / grid.squeeze(-1).clamp(min=1)
+    return weight.sum(dim=-1) / torch.where(grid >= 1, grid, 1).squeeze(-1)  # NaN is not
 
 
 def roi_align(

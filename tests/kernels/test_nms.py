@@ -1,0 +1,144 @@
+"""Non-maximum suppression: reference and torchvision's kernel against a greedy loop in plain Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Segments, boxes, segments
+from torch import Tensor
+
+from fastmrcnn import ops
+from fastmrcnn_kernels.reference.boxes import pairwise_iou
+
+IMPLEMENTATIONS = ["reference", "torchvision"]
+
+
+def greedy(found: Tensor, scores: Tensor, threshold: float) -> list[int]:
+    """The definition: by descending score (NaN first, ties by index), drop what overlaps something kept."""
+    key = torch.where(scores.isnan(), torch.inf, scores)
+    order = sorted(range(len(scores)), key=lambda i: (not scores[i].isnan(), -key[i].item(), i))
+    iou = pairwise_iou(found, found)
+    kept: list[int] = []
+    for i in order:
+        if not any(iou[j, i] > threshold for j in kept):
+            kept.append(i)
+    return kept
+
+
+def check_padded(case: Segments, threshold: float, max_keep: int, impl: ops.Impl) -> None:
+    indices, count = ops.padded_nms(*case, threshold, max_keep, impl=impl)
+    assert indices.shape == (len(case.boxes), max_keep)
+    for s in range(len(case.boxes)):
+        used = case.valid[s].nonzero().flatten()
+        expected = used[greedy(case.boxes[s, used], case.scores[s, used], threshold)].tolist()[:max_keep]
+        assert count[s] == len(expected)
+        assert indices[s].tolist() == expected + [-1] * (max_keep - len(expected))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@given(case=segments(), threshold=st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0]), max_keep=st.integers(0, 45))
+def test_padded_nms_is_greedy(impl: ops.Impl, case: Segments, threshold: float, max_keep: int) -> None:
+    """Whatever the padding holds."""
+    check_padded(case, threshold, max_keep, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("slots", [1, 31, 32, 33, 63, 64, 65])
+def test_sizes_around_words(impl: ops.Impl, slots: int) -> None:
+    generator = torch.Generator().manual_seed(slots)
+    start = torch.rand(2, slots, 2, generator=generator) * 20
+    found = torch.cat((start, start + 10), dim=2)
+    check_padded(
+        Segments(found, torch.rand(2, slots, generator=generator), torch.ones(2, slots, dtype=torch.bool)),
+        0.5,
+        slots,
+        impl,
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_chain(impl: ops.Impl) -> None:
+    """Each box would suppress the next, so every other one stays."""
+    x = torch.arange(40.0) * 4
+    found = torch.stack((x, torch.zeros(40), x + 10, torch.full((40,), 10.0)), dim=1)
+    scores = torch.linspace(1, 0.1, 40)
+    assert ops.nms(found, scores, 0.4, impl=impl).tolist() == list(range(0, 40, 2))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_identical_boxes_and_scores(impl: ops.Impl) -> None:
+    found = torch.tensor([[1.0, 1, 5, 5]]).expand(33, 4)
+    assert ops.nms(found, torch.ones(33), 0.5, impl=impl).tolist() == [0]
+    assert ops.nms(found, torch.ones(33), 1.0, impl=impl).tolist() == list(range(33))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_overlap_at_the_threshold(impl: ops.Impl) -> None:
+    """Above the threshold suppresses, at the threshold does not."""
+    found = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5]])
+    scores = torch.tensor([0.9, 0.8])
+    below = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0)).item()
+    above = torch.nextafter(torch.tensor(0.5), torch.tensor(1.0)).item()
+    assert ops.nms(found, scores, 0.5, impl=impl).tolist() == [0, 1]
+    assert ops.nms(found, scores, below, impl=impl).tolist() == [0]
+    assert ops.nms(found, scores, above, impl=impl).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_segments_without_boxes(impl: ops.Impl) -> None:
+    nothing = torch.zeros(3, 5, dtype=torch.bool)
+    indices, count = ops.padded_nms(torch.full((3, 5, 4), torch.nan), torch.rand(3, 5), nothing, 0.5, 4, impl=impl)
+    assert (indices == -1).all()
+    assert (count == 0).all()
+    empty = torch.zeros(2, 0, dtype=torch.bool)
+    indices, count = ops.padded_nms(torch.zeros(2, 0, 4), torch.zeros(2, 0), empty, 0.5, 0, impl=impl)
+    assert indices.shape == (2, 0)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@given(case=segments())
+def test_counts_are_a_mask(impl: ops.Impl, case: Segments) -> None:
+    counts = case.valid.sum(dim=1)
+    mask = torch.arange(case.valid.shape[1]) < counts[:, None]
+    clean = torch.where(mask[..., None], case.boxes.nan_to_num(0, 0, 0), 0)
+    by_count = ops.padded_nms(clean, case.scores, counts, 0.5, 9, impl=impl)
+    by_mask = ops.padded_nms(clean, case.scores, mask, 0.5, 9, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(by_count, by_mask, strict=True))
+
+
+@given(found=boxes(20, extent=30.0), seed=st.integers(0, 1000))
+def test_nms_equals_torchvision(found: Tensor, seed: int) -> None:
+    scores = torch.rand(20, generator=torch.Generator().manual_seed(seed))
+    expected = torchvision.ops.nms(found, scores, 0.4)
+    for impl in IMPLEMENTATIONS:
+        assert torch.equal(ops.nms(found, scores, 0.4, impl=impl), expected)  # type: ignore[arg-type]
+
+
+@given(found=boxes(24, extent=30.0), seed=st.integers(0, 1000), tied=st.booleans())
+def test_batched_nms_is_nms_of_each_group(found: Tensor, seed: int, tied: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores, groups = torch.rand(24, generator=generator), torch.randint(-2, 3, (24,), generator=generator)
+    if tied:
+        scores = (scores * 3).round()
+    kept = [m for g in groups.unique() for m in _members(found, scores, groups == g)]
+    expected = sorted(kept, key=lambda i: (-scores[i].item(), i))
+    for impl in IMPLEMENTATIONS:
+        assert ops.batched_nms(found, scores, groups, 0.4, impl=impl).tolist() == expected  # type: ignore[arg-type]
+
+
+def _members(found: Tensor, scores: Tensor, mask: Tensor) -> list[int]:
+    index = mask.nonzero().flatten()
+    return index[greedy(found[index], scores[index], 0.4)].tolist()
+
+
+def test_far_away_boxes_keep_their_overlap() -> None:
+    """At coordinates of a million, torchvision's offset of each group rounds the boxes; comparing numbers does not."""
+    a = torch.tensor([[1e6, 1e6, 1e6 + 2.0, 1e6 + 2.0], [1e6 + 0.6, 1e6, 1e6 + 2.6, 1e6 + 2.0]])
+    found, scores = a.repeat(40, 1), torch.linspace(1, 0.5, 80)
+    groups = torch.arange(40).repeat_interleave(2)
+    expected = [i for g in range(40) for i in _members(found, scores, groups == g)]
+    assert ops.batched_nms(found, scores, groups, 0.4).tolist() == sorted(expected)
+    assert torchvision.ops.batched_nms(found, scores, groups, 0.4).tolist() != sorted(expected)

@@ -1,0 +1,115 @@
+"""With equal weights: torchvision's detections, losses and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from detectors import BUILDERS, pair, targets_for, twins
+from torch import Tensor, nn
+
+FEW = {"rpn_post_nms_top_n_test": 60}
+
+
+def assert_same_form(theirs: list[dict[str, Tensor]], ours: list[dict[str, Tensor]]) -> None:
+    for a, b in zip(theirs, ours, strict=True):
+        assert list(a) == list(b)
+        assert all(a[key].dtype == b[key].dtype and a[key].shape[1:] == b[key].shape[1:] for key in a)
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_detections(builder: str, photos: list[Tensor]) -> None:
+    theirs, ours = pair(builder, photos, **FEW)
+    with torch.inference_mode():
+        expected, found = theirs(photos), ours(photos)
+    assert_same_form(expected, found)
+    for a, b in zip(expected, found, strict=True):
+        assert len(a["boxes"]) > 10
+        assert twins(a, b) >= 0.98
+        assert twins(b, a) >= 0.98
+        assert (b["scores"].diff() <= 0).all()
+
+
+@pytest.mark.parametrize("builder", ["maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"])
+def test_nothing_found(builder: str, photos: list[Tensor]) -> None:
+    theirs, ours = pair(builder, photos, **FEW)
+    theirs.roi_heads.score_thresh = ours.roi_heads.score_thresh = 1.0
+    with torch.inference_mode():
+        expected, found = theirs(photos[:2]), ours(photos[:2])
+    assert_same_form(expected, found)
+    for a, b in zip(expected, found, strict=True):
+        assert all(a[key].shape == b[key].shape and len(b[key]) == 0 for key in a)
+
+
+EXHAUSTIVE = {
+    "rpn_batch_size_per_image": 100_000,
+    "box_batch_size_per_image": 4_000,
+    "rpn_pre_nms_top_n_train": 30,
+    "rpn_post_nms_top_n_train": 40,
+    "min_size": 160,
+    "max_size": 224,
+}
+
+
+def step(model: nn.Module, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
+    model.train().zero_grad()
+    losses = model(images, targets)
+    torch.stack(list(losses.values())).sum().backward()
+    return losses
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_losses_and_gradients(builder: str) -> None:
+    """In float64, where the order of additions does not show."""
+    torch.manual_seed(0)
+    images = [torch.rand(3, 150, 190), torch.rand(3, 180, 130), torch.rand(3, 140, 140)]
+    theirs, ours = pair(builder, images, **EXHAUSTIVE)
+    theirs, ours, images = theirs.double(), ours.double(), [image.double() for image in images]
+    targets = targets_for(images, [3, 2, 0], keypoints=17 if "keypoint" in builder else 0)
+    for target in targets:
+        target["boxes"] = target["boxes"].double()
+    expected, found = step(theirs, images, targets), step(ours, images, targets)
+    assert list(expected) == list(found)
+    for name, value in expected.items():
+        assert value.item() > 0
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=0, msg=name)
+
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    largest = max(gradient.norm() for gradient in gradients.values())
+    assert gradients.keys() == {name for name, p in ours.named_parameters() if p.grad is not None}
+    for name, p in ours.named_parameters():
+        if p.grad is not None:  # a bias in front of a norm has no gradient but rounding errors
+            allowed = 1e-4 * gradients[name].norm() + 1e-7 * largest
+            assert (p.grad - gradients[name]).norm() <= allowed, name
+    for (name, a), b in zip(theirs.named_buffers(), ours.buffers(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_images_without_objects() -> None:
+    torch.manual_seed(0)
+    images = [torch.rand(3, 150, 190), torch.rand(3, 180, 130)]
+    theirs, ours = pair("maskrcnn_resnet50_fpn", images, **EXHAUSTIVE)
+    targets = targets_for(images, [0, 0])
+    expected, found = step(theirs, images, targets), step(ours, images, targets)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-9, msg=name)
+    assert found["loss_mask"].item() == 0
+    assert all(torch.isfinite(p.grad).all() for p in ours.parameters() if p.grad is not None)
+
+
+def test_objects_at_the_border() -> None:
+    """The smaller image of a batch ends inside the canvas: its masks end there too."""
+    torch.manual_seed(0)
+    images = [torch.rand(3, 200, 220), torch.rand(3, 150, 160)]
+    theirs, ours = pair("maskrcnn_resnet50_fpn", images, **EXHAUSTIVE)
+    targets = []
+    for image in images:
+        height, width = image.shape[-2:]
+        masks = torch.zeros(2, height, width, dtype=torch.uint8)
+        masks[0, height - 40 :, width - 50 :] = 1
+        masks[1] = 1
+        boxes = torch.tensor([[width - 50, height - 40, width, height], [0, 0, width, height]]).float()
+        targets.append({"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks})
+    expected, found = step(theirs, images, targets), step(ours, images, targets)
+    torch.testing.assert_close(found["loss_mask"], expected["loss_mask"], rtol=1e-5, atol=0)

@@ -1,0 +1,70 @@
+"""Hypothesis strategies for boxes, RoIs, features and padded segments, hostile ones included."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+ODD_BOXES = [
+    [0.0, 0.0, 0.0, 0.0],
+    [5.0, 5.0, 5.0, 9.0],
+    [9.0, 9.0, 4.0, 2.0],
+    [-30.0, -20.0, 10.0, 12.0],
+    [0.0, 0.0, 1e6, 1e6],
+    [1e6, 1e6, 1e6 + 7, 1e6 + 9],
+    [3.0, 4.0, 3.0 + 1e-4, 4.0 + 1e-4],
+]
+NOT_FINITE = [[torch.nan] * 4, [torch.nan, 0.0, 5.0, 5.0], [0.0, 0.0, torch.inf, 5.0], [-torch.inf, 0.0, 5.0, 5.0]]
+
+
+@st.composite
+def boxes(draw: st.DrawFn, count: int | None = None, extent: float = 64.0, *, not_finite: bool = False) -> Tensor:
+    """Boxes [count, 4] float32 about an image of `extent` pixels, odd ones and duplicates among them."""
+    count = draw(st.integers(0, 12)) if count is None else count
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    start = (torch.rand(count, 2, generator=generator) * 1.2 - 0.1) * extent
+    result = torch.cat((start, start + torch.rand(count, 2, generator=generator) * extent * 0.6), dim=1)
+    if draw(st.booleans()):  # whole pixels: ties and exact edges
+        result = result.round()
+    odd = ODD_BOXES + (NOT_FINITE if not_finite else [])
+    for i in draw(st.lists(st.integers(0, max(count - 1, 0)), max_size=4)) if count else []:
+        result[i] = torch.tensor(draw(st.sampled_from(odd))) if draw(st.booleans()) else result[0]
+    return result
+
+
+@st.composite
+def features(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Features [N, C, H, W]: odd sizes, single cells, channels_last and strided memory."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 19), st.integers(1, 23)))
+    layout = draw(st.sampled_from(["contiguous", "channels_last", "strided"]))
+    if layout == "strided":
+        wide = torch.randn(*shape[:3], 2 * shape[3], generator=generator, dtype=torch.float64).to(dtype)
+        return wide[..., ::2]
+    values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return values.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else values
+
+
+class Segments(NamedTuple):
+    """Padded segments: boxes [S, K, 4], scores [S, K] and which slots count, bool [S, K]."""
+
+    boxes: Tensor
+    scores: Tensor
+    valid: Tensor
+
+
+@st.composite
+def segments(draw: st.DrawFn) -> Segments:
+    """Segments of up to 40 slots; scores tie often, padding is NaN or huge."""
+    count, slots = draw(st.integers(1, 4)), draw(st.integers(1, 40))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    all_boxes = draw(boxes(count * slots, extent=24.0, not_finite=True)).view(count, slots, 4)
+    scores = torch.rand(count, slots, generator=generator)
+    if draw(st.booleans()):
+        scores = (scores * 4).round() / 4
+    valid = torch.rand(count, slots, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+    garbage = draw(st.sampled_from([torch.nan, torch.inf, 1e9]))
+    return Segments(torch.where(valid[..., None], all_boxes, garbage), torch.where(valid, scores, garbage), valid)
