@@ -70,15 +70,19 @@ def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def _check(name: str, tensor: Tensor, *shape: int | None, floating: bool = True) -> None:
-    """Raise unless `tensor` has `shape`, where None stands for any length."""
+def _check(
+    name: str, tensor: Tensor, *shape: int | None, floating: bool = True, dtype: torch.dtype | None = None
+) -> None:
+    """Raise unless `tensor` has `shape`, where None stands for any length, and `dtype`, or any `floating` one."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     fits = tensor.dim() == len(shape) and all(w is None or s == w for s, w in zip(tensor.shape, shape, strict=True))
     if not fits:
         wanted = ", ".join("*" if w is None else str(w) for w in shape)
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
-    if floating and not tensor.is_floating_point():
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+    if dtype is None and floating and not tensor.is_floating_point():
         raise TypeError(f"{name}: expected floating point, got {tensor.dtype}")
 
 
@@ -87,6 +91,8 @@ def _rois(boxes: Tensor | Sequence[Tensor]) -> Tensor:
     if isinstance(boxes, Tensor):
         _check("boxes", boxes, None, 5)
         return boxes
+    if not len(boxes):
+        raise ValueError("boxes: expected a Tensor [R, 5] or one [L, 4] per image, got none")
     for i, image_boxes in enumerate(boxes):
         _check(f"boxes[{i}]", image_boxes, None, 4)
     index = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
@@ -151,10 +157,12 @@ def multilevel_roi_align(
         raise ValueError(f"spatial_scales: {len(spatial_scales)} given for {len(features)} feature maps")
     for i, feature in enumerate(features):
         _check(f"features[{i}]", feature, None, None, None, None)
+        _check(f"features[{i}]", feature, *features[0].shape[:2], None, None)
     rois = _rois(boxes)
     if levels is None:
         finest = round(-math.log2(spatial_scales[0]))
         levels = reference_roi_align.assign_levels(rois[:, 1:], len(features), finest, canonical_scale, canonical_level)
+    _check("levels", levels, len(rois), dtype=torch.int64)
     run = _choose("multilevel_roi_align", impl, "torchvision")
     size = _pair(output_size, "output_size")
     return run(features, rois, levels, size, spatial_scales, sampling_ratio, aligned)
@@ -240,10 +248,12 @@ def padded_nms(
     """
     _check("boxes", boxes, None, None, 4)
     _check("scores", scores, *boxes.shape[:2])
-    if valid.dim() == 1 and valid.dtype != torch.bool:
-        _check("valid", valid, len(boxes), floating=False)
+    if isinstance(valid, Tensor) and valid.dim() == 1 and valid.dtype != torch.bool:
+        _check("valid", valid, len(boxes), dtype=torch.int64)
         valid = torch.arange(boxes.shape[1], device=boxes.device) < valid[:, None]
-    _check("valid", valid, *boxes.shape[:2], floating=False)
+    _check("valid", valid, *boxes.shape[:2], dtype=torch.bool)
+    if max_keep < 0:
+        raise ValueError(f"max_keep={max_keep}: expected 0 or more")
     run = _choose("padded_nms", impl, "torchvision" if on_host(boxes) else "reference")
     return run(boxes, scores, valid, iou_threshold, max_keep)
 
@@ -275,9 +285,11 @@ def decode_proposals(
     """
     if not len(deltas) == len(indices) == len(base_anchors) == len(strides):
         raise ValueError("deltas, indices, base_anchors, strides: expected one of each per level")
-    for i, (delta, base) in enumerate(zip(deltas, base_anchors, strict=True)):
+    _check("sizes", sizes, None, 2, floating=False)
+    for i, (delta, index, base) in enumerate(zip(deltas, indices, base_anchors, strict=True)):
         _check(f"base_anchors[{i}]", base, None, 4)
         _check(f"deltas[{i}]", delta, len(sizes), 4 * len(base), None, None)
+        _check(f"indices[{i}]", index, len(sizes), None, dtype=torch.int64)
     run = _choose("decode_proposals", impl, "reference")
     return run(deltas, indices, base_anchors, strides, sizes, min_size=min_size, weights=weights)
 
@@ -306,6 +318,7 @@ def paste_masks(
         enlarged by the border, truncated to whole pixels, and both ends count.
     """
     _check("masks", masks, None, None, None)
+    _check("masks", masks, None, masks.shape[1], masks.shape[1])
     _check("boxes", boxes, len(masks), 4)
     if out not in ("soft", "bool"):
         raise ValueError(f"out={out!r}: expected 'soft' or 'bool'")

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for boxes, RoIs, features and padded segments, hostile ones included."""
+"""Hypothesis strategies for boxes, RoIs, scores, features and padded segments, hostile ones included."""
 
 from __future__ import annotations
 
@@ -35,6 +35,32 @@ def boxes(draw: st.DrawFn, count: int | None = None, extent: float = 64.0, *, no
     return result
 
 
+def ordered(found: Tensor, least: float = 0.0) -> Tensor:
+    """`found` [..., 4] with x2 >= x1 + `least` and y2 >= y1 + `least`."""
+    return torch.cat((found[..., :2], torch.maximum(found[..., :2] + least, found[..., 2:])), dim=-1)
+
+
+@st.composite
+def rois(draw: st.DrawFn, images: int, *, limit: float = torch.inf, inverted: bool = True) -> Tensor:
+    """RoIs [R, 5] float32 about an image of 80 pixels; batch index -1 .. `images` - 1, -1 being padding."""
+    found = draw(boxes(extent=80.0)).clamp(-limit, limit)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    index = torch.randint(-1, images, (len(found), 1), generator=generator).float()
+    return torch.cat((index, found if inverted else ordered(found)), dim=1)
+
+
+@st.composite
+def scores(draw: st.DrawFn, count: int) -> Tensor:
+    """Scores [count] float32: often tied, some of them NaN, infinite or a negative zero."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    result = torch.rand(count, generator=generator)
+    if draw(st.booleans()):
+        result = (result * 4).round() / 4
+    for i in draw(st.lists(st.integers(0, max(count - 1, 0)), max_size=4)) if count else []:
+        result[i] = draw(st.sampled_from([torch.nan, torch.inf, -torch.inf, 0.0, -0.0]))
+    return result
+
+
 @st.composite
 def features(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Tensor:
     """Features [N, C, H, W]: odd sizes, single cells, channels_last and strided memory."""
@@ -58,13 +84,11 @@ class Segments(NamedTuple):
 
 @st.composite
 def segments(draw: st.DrawFn) -> Segments:
-    """Segments of up to 40 slots; scores tie often, padding is NaN or huge."""
+    """Segments of up to 40 slots, boxes and scores as hostile as they come; padding is NaN, infinite or huge."""
     count, slots = draw(st.integers(1, 4)), draw(st.integers(1, 40))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     all_boxes = draw(boxes(count * slots, extent=24.0, not_finite=True)).view(count, slots, 4)
-    scores = torch.rand(count, slots, generator=generator)
-    if draw(st.booleans()):
-        scores = (scores * 4).round() / 4
+    all_scores = draw(scores(count * slots)).view(count, slots)
     valid = torch.rand(count, slots, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
     garbage = draw(st.sampled_from([torch.nan, torch.inf, 1e9]))
-    return Segments(torch.where(valid[..., None], all_boxes, garbage), torch.where(valid, scores, garbage), valid)
+    return Segments(torch.where(valid[..., None], all_boxes, garbage), torch.where(valid, all_scores, garbage), valid)

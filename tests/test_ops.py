@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torchvision
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fastmrcnn import ops
+from fastmrcnn_kernels.reference import boxes
+from fastmrcnn_kernels.reference.roi_align import assign_levels
+from fastmrcnn_kernels.reference.topk import stable_topk
 
 CALLS: dict[str, Callable[..., Any]] = {
     "roi_align": lambda **k: ops.roi_align(torch.rand(2, 3, 8, 8), torch.rand(4, 5), 2, **k),
@@ -59,15 +66,85 @@ def test_an_explicit_request_never_falls_back(op: str, monkeypatch: pytest.Monke
     monkeypatch.setitem(ops._IMPLEMENTATIONS[op], "reference", broken)
     with pytest.raises(RuntimeError, match="the reference was called"):
         CALLS[op](impl="reference")
+    monkeypatch.delitem(ops._IMPLEMENTATIONS[op], "reference")
+    with pytest.raises(NotImplementedError, match=f"{op} has no 'reference'"):
+        CALLS[op](impl="reference")
 
 
-@pytest.mark.parametrize("op", [op for op in CALLS if op not in ("nms", "batched_nms")])
-def test_references_never_synchronise(op: str) -> None:
-    """`nms` and `batched_nms` must: the size of their result depends on data."""
-    with FakeTensorMode(), torch.device("cuda"):
-        result = CALLS[op](impl="reference")
-    first = result[0] if isinstance(result, tuple) else result
-    assert first.device.type == "cuda"
+def test_automatic_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's, where it is the faster one there."""
+    chosen = []
+    for op, available in ops._IMPLEMENTATIONS.items():
+        for name, run in available.items():
+
+            def recorded(*args: Any, of: Any = (op, name), run: Any = run, **kwargs: Any) -> Any:
+                chosen.append(of)
+                return run(*args, **kwargs)
+
+            monkeypatch.setitem(available, name, recorded)
+    for call in CALLS.values():
+        call()
+    reference = ("decode_proposals", "paste_masks")
+    assert chosen == [(op, "reference" if op in reference else "torchvision") for op in CALLS]
+
+
+HELPERS: dict[str, Callable[[], Any]] = {
+    "stable_topk": lambda: stable_topk(torch.rand(2, 50), 7),
+    "assign_levels": lambda: assign_levels(torch.rand(5, 4), 4, 2, 224, 4),
+    "encode_deltas": lambda: boxes.encode_deltas(torch.rand(5, 4), torch.rand(5, 4)),
+    "decode_deltas": lambda: boxes.decode_deltas(torch.rand(5, 4), torch.rand(5, 4)),
+    "clip_boxes": lambda: boxes.clip_boxes(torch.rand(2, 5, 4), torch.ones(2, 2)),
+    "large_enough": lambda: boxes.large_enough(torch.rand(5, 4), 1e-3),
+    "pairwise_iou": lambda: boxes.pairwise_iou(torch.rand(5, 4), torch.rand(6, 4)),
+    "adaptive roi_align": lambda: ops.roi_align(
+        torch.rand(1, 2, 8, 8), torch.rand(4, 5), 2, 1.0, 0, True, impl="reference"
+    ),
+    "bool paste_masks": lambda: ops.paste_masks(
+        torch.rand(3, 7, 7), torch.rand(3, 4), (20, 30), out="bool", impl="reference"
+    ),
+    "mask padded_nms": lambda: ops.padded_nms(
+        torch.rand(2, 5, 4), torch.rand(2, 5), torch.ones(2, 5).bool(), 0.5, 4, impl="reference"
+    ),
+    "MultiScaleRoIAlign": lambda: ops.MultiScaleRoIAlign(["0", "1"], 2, 2)(
+        {"0": torch.rand(1, 3, 8, 8), "1": torch.rand(1, 3, 4, 4)}, [torch.rand(4, 4)], [(32, 32)]
+    ),
+}
+SIZED_BY_DATA = ("nms", "batched_nms")
+UNSYNCHRONISED: dict[str, Callable[[], Any]] = {
+    **{f"{op}, reference": partial(call, impl="reference") for op, call in CALLS.items()},
+    **{f"{op}, auto": call for op, call in CALLS.items() if op not in SIZED_BY_DATA},  # those are torchvision's
+    **HELPERS,
+}
+
+
+@pytest.mark.parametrize("name", UNSYNCHRONISED)
+def test_no_host_synchronisation(name: str) -> None:
+    """On a GPU without data no value can be read.
+
+    `nms` and `batched_nms` return as many indices as they keep, a shape that depends on data.  It may be unknown here,
+    but nothing may depend on it, so the one synchronisation sits at their end.
+    """
+    shapes = ShapeEnv() if name.split(",")[0] in SIZED_BY_DATA else None
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes), torch.device("cuda"):
+        result = UNSYNCHRONISED[name]()
+    for tensor in result if isinstance(result, tuple) else [result]:
+        assert tensor.device.type == "cuda"
+
+
+def pool(maps: list[Tensor] | None = None, **arguments: Any) -> Tensor:
+    maps = maps or [torch.rand(1, 3, 8, 8), torch.rand(1, 3, 4, 4)]
+    return ops.multilevel_roi_align(maps, torch.rand(4, 5), 2, (0.5, 0.25), **arguments)
+
+
+def suppress(**changed: Any) -> tuple[Tensor, Tensor]:
+    usual = {"boxes": torch.rand(2, 5, 4), "scores": torch.rand(2, 5), "valid": torch.ones(2, 5).bool()}
+    return ops.padded_nms(**{**usual, "iou_threshold": 0.5, "max_keep": 3, **changed})
+
+
+def decode(**changed: Any) -> tuple[Tensor, Tensor]:
+    usual = {"deltas": [torch.rand(2, 8, 3, 3)], "indices": [torch.zeros(2, 3).long()]}
+    usual |= {"base_anchors": [torch.rand(2, 4)], "sizes": torch.full((2, 2), 30)}
+    return ops.decode_proposals(**{**usual, "strides": [(8, 8)], **changed})
 
 
 @pytest.mark.parametrize(
@@ -91,6 +168,39 @@ def test_references_never_synchronise(op: str) -> None:
             r"valid: .*\[2, 5\].*\[2, 4\]",
         ),
         (lambda: ops.paste_masks(torch.rand(3, 7, 7), torch.rand(2, 4), (9, 9)), ValueError, r"boxes: .*\[3, 4\]"),
+        (lambda: ops.roi_align(torch.rand(1, 3, 8, 8), torch.ones(4, 5).int(), 2), TypeError, "boxes: .*int32"),
+        (lambda: ops.roi_align(torch.rand(1, 3, 8, 8), [], 2), ValueError, "boxes: .*got none"),
+        (lambda: ops.roi_align(torch.rand(1, 3, 8, 8), torch.rand(4, 5), (1, 2, 3)), ValueError, "output_size="),
+        (lambda: ops.multilevel_roi_align([], torch.rand(4, 5), 2, ()), ValueError, "0 given for 0"),
+        (lambda: pool(maps=[torch.rand(1, 3, 8, 8), torch.rand(1, 2, 4, 4)]), ValueError, r"features\[1\]: .*\[1, 3, "),
+        (lambda: pool(maps=[torch.rand(1, 3, 8, 8), torch.rand(2, 3, 4, 4)]), ValueError, r"features\[1\]: .*\[1, 3, "),
+        (lambda: pool(levels=torch.zeros(3, dtype=torch.int64)), ValueError, r"levels: .*\[4\].*\[3\]"),
+        (lambda: pool(levels=torch.zeros(4)), TypeError, "levels: .*int64.*float32"),
+        (lambda: ops.nms(torch.rand(5, 5), torch.rand(5), 0.5), ValueError, r"boxes: .*\[\*, 4\]"),
+        (lambda: ops.nms(torch.rand(5, 4), torch.ones(5).long(), 0.5), TypeError, "scores: .*int64"),
+        (lambda: ops.batched_nms(torch.rand(5, 4), torch.rand(5), torch.zeros(4), 0.5), ValueError, "idxs"),
+        (lambda: suppress(scores=torch.rand(2, 4)), ValueError, r"scores: .*\[2, 5\]"),
+        (lambda: suppress(valid=torch.ones(2, 5)), TypeError, "valid: .*bool.*float32"),
+        (lambda: suppress(valid=torch.ones(2)), TypeError, "valid: .*int64.*float32"),
+        (lambda: suppress(valid=torch.ones(3).long()), ValueError, r"valid: .*\[2\].*\[3\]"),
+        (lambda: suppress(valid=[5, 5]), TypeError, "valid: .*list"),
+        (lambda: suppress(max_keep=-1), ValueError, "max_keep=-1"),
+        (lambda: decode(deltas=[]), ValueError, "one of each per level"),
+        (lambda: decode(deltas=[torch.rand(2, 4, 3, 3)]), ValueError, r"deltas\[0\]: .*\[2, 8, "),
+        (lambda: decode(indices=[torch.zeros(1, 3).long()]), ValueError, r"indices\[0\]: .*\[2, \*\]"),
+        (lambda: decode(indices=[torch.zeros(2, 3)]), TypeError, r"indices\[0\]: .*int64"),
+        (lambda: decode(base_anchors=[torch.rand(2, 5)]), ValueError, r"base_anchors\[0\]"),
+        (lambda: decode(sizes=torch.ones(2, 3)), ValueError, r"sizes: .*\[\*, 2\]"),
+        (lambda: ops.paste_masks(torch.rand(3, 7, 8), torch.rand(3, 4), (9, 9)), ValueError, "masks: .*7, 8"),
+        (lambda: ops.paste_masks(torch.rand(3, 7, 7), torch.rand(3, 4), (0, 9)), ValueError, "size="),
+        (lambda: ops.paste_masks(torch.rand(3, 7, 7), torch.rand(3, 4), (9, 9), out="bits"), ValueError, "out='bits'"),
+        (
+            lambda: ops.paste_masks_in_image(torch.rand(3, 2, 7, 7), torch.rand(3, 4), (9, 9)),
+            ValueError,
+            "masks: .*1, ",
+        ),
+        (lambda: ops.heatmaps_to_keypoints(torch.rand(3, 7, 7), torch.rand(3, 4), (9, 9)), ValueError, "heatmaps"),
+        (lambda: ops.heatmaps_to_keypoints(torch.rand(3, 1, 7, 7), torch.rand(2, 4), (9, 9)), ValueError, "boxes"),
     ],
 )
 def test_bad_arguments_are_named(call: Callable[[], Any], error: type[Exception], message: str) -> None:
@@ -103,3 +213,17 @@ def test_boxes_per_image() -> None:
     index = torch.tensor([[0.0], [0.0], [1.0]])
     together = torch.cat((index, torch.cat((first, second))), dim=1)
     assert torch.equal(ops.roi_align(maps, [first, second], 2), ops.roi_align(maps, together, 2))
+    assert torch.equal(ops.roi_align(maps, (first, second[:0]), 2), ops.roi_align(maps, together[:2], 2))
+
+
+def test_signatures_of_torchvision() -> None:
+    """Positional calls of torchvision's functions work unchanged."""
+    maps, rois, scores = torch.rand(1, 2, 9, 9), torch.tensor([[0, 1.0, 1, 7, 8], [0, 2, 2, 5, 9]]), torch.rand(2)
+    arguments = (maps, rois, (2, 3), 0.5, 2, True)
+    assert torch.equal(ops.roi_align(*arguments), torchvision.ops.roi_align(*arguments))
+    assert torch.equal(ops.nms(rois[:, 1:], scores, 0.5), torchvision.ops.nms(rois[:, 1:], scores, 0.5))
+    groups = (rois[:, 1:], scores, torch.tensor([3, 3]), 0.5)
+    assert torch.equal(ops.batched_nms(*groups), torchvision.ops.batched_nms(*groups))
+    module = ops.MultiScaleRoIAlign(["0"], 7, sampling_ratio=2)
+    assert isinstance(module, torchvision.ops.MultiScaleRoIAlign)
+    assert repr(module) == repr(torchvision.ops.MultiScaleRoIAlign(["0"], 7, sampling_ratio=2))

@@ -1,4 +1,4 @@
-"""Box coding, clipping, proposals and top-k against torchvision and a stable sort."""
+"""Box coding, clipping and proposals against torchvision."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import boxes
+from strategies import boxes, ordered
+from tolerances import assert_same_decisions
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -15,30 +16,33 @@ from torchvision.models.detection.image_list import ImageList
 
 from fastmrcnn import ops
 from fastmrcnn_kernels.reference.boxes import clip_boxes, decode_deltas, encode_deltas, large_enough, pairwise_iou
-from fastmrcnn_kernels.reference.topk import stable_topk
 
 WEIGHTS = [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)]
-
-
-def proper(found: Tensor) -> Tensor:
-    """`found` with sides of at least one pixel."""
-    return torch.cat((found[:, :2], torch.maximum(found[:, :2] + 1, found[:, 2:])), dim=1)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @given(a=boxes(9), b=boxes(9), seed=st.integers(0, 1000))
 def test_coding_equals_torchvision(weights: tuple[float, ...], a: Tensor, b: Tensor, seed: int) -> None:
-    a, b = proper(a), proper(b)
+    a, b = ordered(a, 1.0), ordered(b, 1.0)
     coder = BoxCoder(weights)
     assert torch.equal(encode_deltas(a, b, weights), coder.encode_single(a, b))
     deltas = torch.randn(9, 4, generator=torch.Generator().manual_seed(seed)) * 8
     assert torch.equal(decode_deltas(deltas, b, weights), coder.decode_single(deltas, b))
 
 
+@given(a=boxes(9, not_finite=True), b=boxes(9, not_finite=True))
+def test_coding_of_odd_boxes_equals_torchvision(a: Tensor, b: Tensor) -> None:
+    """NaN for NaN and infinity for infinity: without area, inverted, not finite."""
+    coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
+    deltas = encode_deltas(a, b, coder.weights)
+    torch.testing.assert_close(deltas, coder.encode_single(a, b), rtol=0, atol=0, equal_nan=True)
+    decoded = decode_deltas(deltas, b, coder.weights)
+    torch.testing.assert_close(decoded, coder.decode_single(deltas, b), rtol=0, atol=0, equal_nan=True)
+
+
 @given(a=boxes(9, extent=200.0), b=boxes(9, extent=200.0))
 def test_decoding_inverts_encoding(a: Tensor, b: Tensor) -> None:
-    a, b = proper(a).double().clamp(-500, 500), proper(b).double().clamp(-500, 500)
-    a, b = proper(a), proper(b)
+    a, b = ordered(a.double().clamp(-500, 500), 1.0), ordered(b.double().clamp(-500, 500), 1.0)
     near = (encode_deltas(a, b)[:, 2:] < 4).all(dim=1)  # larger growth is cut
     torch.testing.assert_close(decode_deltas(encode_deltas(a, b), b)[near], a[near], rtol=1e-9, atol=1e-9)
 
@@ -100,27 +104,49 @@ def test_decoding_the_selected_equals_selecting_the_decoded(
         assert 0 < len(kept) < len(clipped)
 
 
-@given(
-    values=st.lists(
-        st.one_of(
-            st.floats(width=32, allow_nan=True),
-            st.sampled_from([0.0, -0.0, 1.0, 1.0, torch.inf, -torch.inf, torch.nan]),
-        ),
-        min_size=1,
-        max_size=60,
-    ),
-    k=st.integers(0, 60),
-)
-def test_topk_is_a_stable_sort(values: list[float], k: int) -> None:
-    scores = torch.tensor([values, values[::-1]])
-    k = min(k, len(values))
-    found, indices = stable_topk(scores, k)
-    expected = torch.where(scores.isnan(), -torch.inf, scores).sort(dim=1, descending=True, stable=True).indices[:, :k]
-    assert torch.equal(indices, expected)
-    torch.testing.assert_close(found, scores.gather(1, expected), rtol=0, atol=0, equal_nan=True)
+@given(a=boxes(9, extent=90.0), b=boxes(9, extent=90.0), threshold=st.sampled_from([0.3, 0.5, 0.7]))
+def test_overlap_decisions_in_float32(a: Tensor, b: Tensor, threshold: float) -> None:
+    """The same as in float64, but where the IoU is within eight roundings (sides, areas, union) of the threshold."""
+    a, b = ordered(a, 1.0), ordered(b, 1.0)
+    exact = pairwise_iou(a.double(), b.double())
+    found = pairwise_iou(a, b)
+    band = 8 * torch.finfo(torch.float32).eps
+    assert_same_decisions(found > threshold, exact > threshold, (exact - threshold).abs(), band)
 
 
-def test_topk_of_many_ties() -> None:
-    scores = torch.randint(0, 3, (2, 100_000), generator=torch.Generator().manual_seed(0)).float()
-    _, indices = stable_topk(scores, 50_000)
-    assert torch.equal(indices, scores.sort(dim=1, descending=True, stable=True).indices[:, :50_000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_proposals_are_float32_at_least(dtype: torch.dtype) -> None:
+    """Deltas of 16 bits are decoded in float32, as if they had been given so."""
+    deltas = torch.randn(1, 8, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    base = torch.tensor([[-8.0, -8, 8, 8], [-16, -4, 16, 4]])
+    indices, size = torch.arange(24)[None], torch.tensor([[40, 50]])
+    found, _ = ops.decode_proposals([deltas], [indices], [base], [(16, 16)], size)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected, _ = ops.decode_proposals([deltas.to(wide)], [indices], [base], [(16, 16)], size)
+    assert found.dtype == wide
+    assert torch.equal(found, expected)
+
+
+def test_proposals_of_hostile_deltas() -> None:
+    """NaN is unusable; infinite growth is limited to 62.5-fold, then clipped to the image."""
+    deltas = torch.zeros(1, 4, 1, 3)
+    deltas[0, 0, 0, 1] = torch.nan
+    deltas[0, 2:, 0, 2] = torch.inf
+    found, usable = ops.decode_proposals(
+        [deltas],
+        [torch.tensor([[2, 1, 0]])],
+        [torch.tensor([[-4.0, -4, 4, 4]])],
+        [(8, 8)],
+        torch.tensor([[30, 40]]),
+    )
+    assert usable.tolist() == [[True, False, True]]
+    assert found[0, 0].tolist() == [0, 0, 40, 30]
+    assert found[0, 2].tolist() == [0, 0, 4, 4]
+
+
+def test_no_proposals() -> None:
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    size = torch.tensor([[30, 40], [30, 40]])
+    found, usable = ops.decode_proposals([torch.rand(2, 4, 3, 3)], [none], [torch.rand(1, 4)], [(8, 8)], size)
+    assert found.shape == (2, 0, 4)
+    assert usable.shape == (2, 0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import boxes, features
+from strategies import boxes, features, ordered, rois
 from tolerances import assert_exact_arithmetic, assert_within_budget
 from torch import Tensor
 from torchvision.ops.poolers import LevelMapper
@@ -21,25 +22,32 @@ from fastmrcnn_kernels.reference.roi_align import assign_levels
 RATIOS = [1, 2, 3, 0, -1]
 
 
-def rois_of(draw: st.DrawFn, images: int, dtype: torch.dtype, *, aligned: bool, ratio: int) -> Tensor:
-    found = draw(boxes(extent=80.0)).to(dtype)
-    if aligned and ratio <= 0:  # torchvision itself fails on adaptive sampling of an inverted aligned box
-        found = torch.cat((torch.minimum(found[:, :2], found[:, 2:]), torch.maximum(found[:, :2], found[:, 2:])), dim=1)
-    if ratio <= 0:  # or on a grid of 1e12 samples
-        found = found.clamp(-500, 500)
-    index = torch.randint(0, images, (len(found), 1), generator=torch.Generator().manual_seed(len(found)))
-    return torch.cat((index.to(dtype), found), dim=1)
+def rois_for_torchvision(draw: st.DrawFn, images: int, *, aligned: bool, ratio: int) -> Tensor:
+    """Any RoIs, but where the number of samples follows the box: not inverted where aligned, and not 1e12 of them.
+
+    torchvision's own operation crashes on the former and does not finish the latter.
+    """
+    adaptive = ratio <= 0
+    return draw(rois(images, limit=500.0 if adaptive else torch.inf, inverted=not (aligned and adaptive)))
+
+
+def pool_present(maps: Tensor, rois: Tensor, *arguments: object) -> Tensor:
+    """torchvision's `roi_align` of the RoIs that name an image, zeros for the others."""
+    present = rois[:, 0] >= 0
+    pooled = torchvision.ops.roi_align(maps, rois[present], *arguments)
+    return pooled.new_zeros(len(rois), *pooled.shape[1:]).index_put((present.nonzero().flatten(),), pooled)
 
 
 @given(st.data(), st.sampled_from(RATIOS), st.booleans(), st.sampled_from([1.0, 0.25, 1 / 16]))
 def test_reference_equals_torchvision(data: st.DataObject, ratio: int, aligned: bool, scale: float) -> None:
     maps = data.draw(features())
-    rois = rois_of(data.draw, len(maps), torch.float64, aligned=aligned, ratio=ratio)
+    rois = rois_for_torchvision(data.draw, len(maps), aligned=aligned, ratio=ratio).double()
     size = data.draw(st.sampled_from([(1, 1), (2, 3), (7, 7), (5, 2)]))
     ours, theirs = maps.clone().requires_grad_(), maps.clone().requires_grad_()
     found = ops.roi_align(ours, rois, size, scale, ratio, aligned, impl="reference")
-    expected = torchvision.ops.roi_align(theirs, rois, size, scale, ratio, aligned)
+    expected = pool_present(theirs, rois, size, scale, ratio, aligned)
     assert_exact_arithmetic(found, expected)
+    assert (found[rois[:, 0] < 0] == 0).all()
     weight = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     if len(rois):
         (found * weight).sum().backward()
@@ -47,10 +55,10 @@ def test_reference_equals_torchvision(data: st.DataObject, ratio: int, aligned: 
         assert_exact_arithmetic(ours.grad, theirs.grad, scale=len(rois))
 
 
-@given(st.data(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.sampled_from([2, 0]))
+@given(st.data(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.sampled_from(RATIOS))
 def test_both_implementations_keep_to_the_budget(data: st.DataObject, dtype: torch.dtype, ratio: int) -> None:
     maps = data.draw(features(dtype))
-    rois = rois_of(data.draw, len(maps), torch.float32, aligned=False, ratio=ratio)
+    rois = rois_for_torchvision(data.draw, len(maps), aligned=False, ratio=ratio)
     oracle = ops.roi_align(maps.double(), rois.double(), 4, 0.25, ratio, impl="reference")
     reference = ops.roi_align(maps, rois, 4, 0.25, ratio, impl="reference")
     other = ops.roi_align(maps, rois, 4, 0.25, ratio, impl="torchvision")
@@ -83,10 +91,38 @@ def test_padding_and_boxes_that_are_not_finite_give_zeros(impl: ops.Impl, ratio:
 
 @pytest.mark.parametrize("impl", ["reference", "torchvision"])
 def test_no_rois(impl: ops.Impl) -> None:
-    assert ops.roi_align(torch.rand(1, 3, 4, 4), torch.zeros(0, 5), (2, 3), impl=impl).shape == (0, 3, 2, 3)
+    maps = [torch.rand(1, 3, 4, 4, requires_grad=True), torch.rand(1, 3, 2, 2, requires_grad=True)]
+    assert ops.roi_align(maps[0], torch.zeros(0, 5), (2, 3), impl=impl).shape == (0, 3, 2, 3)
+    assert ops.multilevel_roi_align(maps, torch.zeros(0, 5), (2, 3), (0.5, 0.25), impl=impl).shape == (0, 3, 2, 3)
 
 
-def bin_by_hand(cells: list[float], start: float, extent: float, bins: int, b: int) -> float:
+@pytest.mark.parametrize("impl", ["reference", "torchvision"])
+def test_no_gradient_reaches_boxes(impl: ops.Impl) -> None:
+    maps = torch.rand(1, 2, 6, 6, requires_grad=True)
+    rois = torch.tensor([[0, 1.0, 1, 4, 5]], requires_grad=True)
+    ops.roi_align(maps, rois, 2, impl=impl).sum().backward()
+    assert maps.grad.sum().item() == pytest.approx(8)  # four bins, two channels, weights that add up to one
+    assert rois.grad is None or (rois.grad == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "torchvision"])
+def test_memory_layout_changes_nothing(impl: ops.Impl) -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 5, 9, 7, generator=generator)
+    rois = torch.tensor([[0, 1.0, 1, 4, 5], [1, -2, 3, 9, 9]])
+    expected = ops.roi_align(maps, rois, 3, impl=impl)
+    views = [
+        maps.contiguous(memory_format=torch.channels_last),
+        maps.mT.contiguous().mT,
+        maps.repeat(1, 2, 1, 1)[:, :5],
+    ]
+    for view in views:
+        torch.testing.assert_close(ops.roi_align(view, rois, 3, impl=impl), expected)
+    strided = rois.repeat_interleave(2, dim=1)[:, ::2]
+    assert torch.equal(ops.roi_align(maps, strided, 3, impl=impl), expected)
+
+
+def average_by_hand(cells: list[float], start: float, extent: float, bins: int, b: int) -> float:
     """Average of adaptive samples of bin `b` along one axis, one at a time."""
     grid = math.ceil(extent / bins)
     total = 0.0
@@ -97,18 +133,47 @@ def bin_by_hand(cells: list[float], start: float, extent: float, bins: int, b: i
             low = min(int(position), len(cells) - 1)
             high = min(low + 1, len(cells) - 1)
             total += cells[low] * (1 - (position - low)) + cells[high] * (position - low)
-    return total / grid
+    return total / max(grid, 1)  # no samples in an inverted box: zero
 
 
+@pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize(("start", "end"), [(-3.0, 40_000.0), (-20_000.0, 20_000.0), (0.0, 37.3), (4.2, 4.9)])
-def test_adaptive_sampling_by_hand(start: float, end: float) -> None:
-    """The number of samples grows with the box, the work of the reference does not."""
-    cells = [1.0, -2.0, 3.0, 0.5, 7.0, -1.0, 2.0, 4.0, -6.0]
-    maps = torch.tensor(cells, dtype=torch.float64).view(1, 1, -1, 1).expand(1, 1, -1, 4)
-    rois = torch.tensor([[0, 1.0, start, 2.0, end]], dtype=torch.float64)
-    found = ops.roi_align(maps, rois, (5, 1), 1.0, -1, impl="reference").flatten().tolist()
-    extent = max(end - start, 1.0)
-    assert found == pytest.approx([bin_by_hand(cells, start, extent, 5, b) for b in range(5)], rel=1e-9, abs=1e-12)
+def test_adaptive_sampling_by_hand(start: float, end: float, aligned: bool) -> None:
+    """The number of samples grows with the box, the work of the reference does not.
+
+    The features are a product of a column and a row, so two loops, one per axis, give the bins of huge RoIs too.
+    """
+    column, row = [1.0, -2.0, 3.0, 0.5, 7.0, -1.0, 2.0, 4.0, -6.0], [2.0, 5.0, -3.0, 1.0]
+    maps = torch.tensor([[[[a * b for b in row] for a in column]]], dtype=torch.float64)
+    rois = torch.tensor([[0, 2 * start, start, end / 2, end]], dtype=torch.float64)
+    found = ops.roi_align(maps, rois, (5, 3), 1.0, -1, aligned, impl="reference")[0, 0]
+    shift = 0.5 if aligned else 0.0
+    least = -math.inf if aligned else 1.0
+    width, height = max(end / 2 - 2 * start, least), max(end - start, least)
+    y = [average_by_hand(column, start - shift, height, 5, b) for b in range(5)]
+    x = [average_by_hand(row, 2 * start - shift, width, 3, b) for b in range(3)]
+    expected = torch.tensor([[a * b for b in x] for a in y], dtype=torch.float64)
+    assert_exact_arithmetic(found, expected, scale=max(35.0, end))  # the largest of features and coordinates
+
+
+def test_adaptive_sampling_visits_every_sample() -> None:
+    """A direct double loop over samples of features that are no product."""
+    maps = torch.randn(1, 1, 6, 5, generator=torch.Generator().manual_seed(0)).double()
+    left, top, right, bottom = -9.3, -4.1, 97.2, 55.7
+    rois = torch.tensor([[0, left, top, right, bottom]], dtype=torch.float64)
+    found = ops.roi_align(maps, rois, (2, 3), 1.0, 0, impl="reference")
+    tall, wide = (bottom - top) / 2, (right - left) / 3
+    for p, q in product(range(2), range(3)):
+        total = 0.0
+        for i, j in product(range(math.ceil(tall)), range(math.ceil(wide))):
+            y = top + p * tall + (i + 0.5) * tall / math.ceil(tall)
+            x = left + q * wide + (j + 0.5) * wide / math.ceil(wide)
+            if -1 <= y <= 6 and -1 <= x <= 5:
+                y, x = min(max(y, 0), 5), min(max(x, 0), 4)
+                for v, u in product(range(6), range(5)):
+                    total += maps[0, 0, v, u].item() * max(0, 1 - abs(y - v)) * max(0, 1 - abs(x - u))
+        expected = total / (math.ceil(tall) * math.ceil(wide))
+        assert found[0, 0, p, q].item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 EDGES = [112.0**2, 224.0**2, 448.0**2]
@@ -148,7 +213,7 @@ def pyramid(levels: int) -> dict[str, Tensor]:
 def test_multilevel_equals_torchvision(levels: int, data: st.DataObject) -> None:
     maps = pyramid(levels)
     per_image = [data.draw(boxes(extent=300.0)).double().clamp(-1e3, 1e3) for _ in range(2)]
-    per_image = [torch.cat((b[:, :2], torch.maximum(b[:, :2], b[:, 2:])), dim=1) for b in per_image]
+    per_image = [ordered(b) for b in per_image]
     theirs = torchvision.ops.MultiScaleRoIAlign(list(maps), 3, 2)
     expected = theirs(maps, per_image, [(256, 320), (200, 310)])
     found = ops.MultiScaleRoIAlign(list(maps), 3, 2)(maps, per_image, [(256, 320), (200, 310)])
@@ -169,11 +234,29 @@ def test_selecting_and_masking_agree(found: Tensor) -> None:
         (3, 3),
         (1 / 4, 1 / 8, 1 / 16, 1 / 32),
     )
+    maps = arguments[0]
+    for feature in maps:
+        feature.requires_grad_()
     selected = torchvision_ops.multilevel_roi_align(*arguments, 2, False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchvision_ops, "on_host", lambda tensor: False)
         masked = torchvision_ops.multilevel_roi_align(*arguments, 2, False)
     assert torch.equal(selected, masked)
+    for a, b in zip(torch.autograd.grad(selected.sum(), maps), torch.autograd.grad(masked.sum(), maps), strict=True):
+        assert a.isfinite().all()
+        assert_exact_arithmetic(a, b, scale=20)
+
+
+@given(found=boxes(20, extent=300.0, not_finite=True))
+def test_multilevel_implementations_agree(found: Tensor) -> None:
+    """RoIs of no image and boxes that are not finite give zeros on every level."""
+    rois = torch.cat((torch.arange(20)[:, None] % 3 - 1.0, found), dim=1)
+    scales = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
+    maps = list(pyramid(4).values())
+    fast = ops.multilevel_roi_align(maps, rois.double(), 3, scales, impl="torchvision")
+    assert_exact_arithmetic(ops.multilevel_roi_align(maps, rois.double(), 3, scales, impl="reference"), fast)
+    absent = (rois[:, 0] < 0) | ~found.isfinite().all(dim=1)
+    assert (fast[absent] == 0).all()
 
 
 def test_given_levels() -> None:
@@ -191,3 +274,25 @@ def test_scales_are_those_of_each_call() -> None:
     pooler(maps, box, [(16, 16)])
     fresh = torchvision.ops.MultiScaleRoIAlign(["0"], 2, 2)
     torch.testing.assert_close(pooler(maps, box, [(64, 64)]), fresh(maps, box, [(64, 64)]))
+
+
+@pytest.mark.parametrize("image_shapes", [[(200, 301)], [(97, 301), (203, 99)], [(255, 320), (256, 319)]])
+def test_scales_are_inferred_as_torchvision_does(image_shapes: list[tuple[int, int]]) -> None:
+    """From the largest height of the images and the height of each map, to the nearest power of two."""
+    maps = {name: m[: len(image_shapes)] for name, m in pyramid(4).items()}
+    maps["pool"] = torch.rand(1, 1, 1, 1)  # not among featmap_names
+    found = [torch.tensor([[3.0, 5.0, 90.0, 61.0], [10.0, 20.0, 240.0, 190.0]]).double()] * len(image_shapes)
+    arguments = (["0", "1", "2", "3"], (3, 4), 2)
+    expected = torchvision.ops.MultiScaleRoIAlign(*arguments)(maps, found, image_shapes)
+    assert_exact_arithmetic(ops.MultiScaleRoIAlign(*arguments)(maps, found, image_shapes), expected)
+
+
+def test_canonical_scale_and_level_are_options() -> None:
+    maps, sides = pyramid(4), torch.tensor([3.0, 20, 60, 130, 250]).double()
+    found = [torch.stack((0 * sides, 0 * sides, sides, sides), dim=1)] * 2
+    options = {"canonical_scale": 60, "canonical_level": 3}
+    expected = torchvision.ops.MultiScaleRoIAlign(list(maps), 3, 2, **options)(maps, found, [(256, 320)] * 2)
+    pooled = ops.MultiScaleRoIAlign(list(maps), 3, 2, **options)(maps, found, [(256, 320)] * 2)
+    assert_exact_arithmetic(pooled, expected)
+    usual = ops.MultiScaleRoIAlign(list(maps), 3, 2)(maps, found, [(256, 320)] * 2)
+    assert not torch.allclose(pooled, usual)
