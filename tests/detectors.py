@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,22 +42,31 @@ def pair(builder: str, images: list[Tensor], **kwargs: Any) -> tuple[nn.Module, 
 
 def calibrate(model: nn.Module, images: list[Tensor]) -> None:
     """Scale random weights, stage by stage, so that activations, scores and boxes spread as in a trained model."""
-    heads = model.roi_heads
-    stages: list[tuple[nn.Module, float]] = [(block, 1.0) for block in model.backbone.fpn.inner_blocks]
-    stages += [(model.rpn.head.cls_logits, 2.0), (model.rpn.head.bbox_pred, 0.3)]
+    heads, limit = model.roi_heads, model.roi_heads.detections_per_img
+    heads.detections_per_img = 10  # enough to see how activations spread
+    tensors = model.transform(list(images))[0].tensors
+    for block in model.backbone.fpn.inner_blocks:
+        rescale(block, 1.0, lambda: model.backbone(tensors))
+    stages = [(model.rpn.head.cls_logits, 2.0), (model.rpn.head.bbox_pred, 0.3)]
     stages += [(heads.box_predictor.cls_score, 2.5), (heads.box_predictor.bbox_pred, 1.0)]
     if heads.has_mask():
         stages += [(heads.mask_predictor.mask_fcn_logits, 2.0)]
     if heads.has_keypoint():
         stages += [(heads.keypoint_predictor.kps_score_lowres, 2.0)]
     for stage, wanted in stages:
-        layer = stage if isinstance(stage, nn.Conv2d | nn.Linear | nn.ConvTranspose2d) else stage[0]
-        seen: list[Tensor] = []
-        handle = layer.register_forward_hook(lambda _m, _i, output, seen=seen: seen.append(output))
-        with torch.no_grad():
-            model(images)
-            layer.weight *= wanted / torch.cat([x.flatten() for x in seen]).std()
-        handle.remove()
+        rescale(stage, wanted, lambda: model(list(images)))
+    heads.detections_per_img = limit
+
+
+def rescale(stage: nn.Module, wanted: float, run: Callable[[], object]) -> None:
+    """Scale the weights of the layer `stage`, or the first in it, so that its output spreads by `wanted` in `run`."""
+    layer = stage if isinstance(stage, nn.Conv2d | nn.Linear | nn.ConvTranspose2d) else stage[0]
+    seen: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda _m, _i, output: seen.append(output))
+    with torch.no_grad():
+        run()
+        layer.weight *= wanted / torch.cat([x.flatten() for x in seen]).std()
+    handle.remove()
 
 
 def twins(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

@@ -128,6 +128,6 @@ def pool(pooler: MultiScaleRoIAlign, features: Features, boxes: Tensor, valid: T
 
 
 def of_label(masks: Tensor, labels: Tensor) -> Tensor:
-    """The mask of each RoI's class: [N, D, M, M] of `masks` [N, D, classes, M, M]."""
-    index = labels[..., None, None, None].expand(*labels.shape, 1, *masks.shape[-2:])
+    """The mask of each RoI's class (in padding, which may have none, any): [N, D, M, M] of [N, D, classes, M, M]."""
+    index = labels.clamp(min=0)[..., None, None, None].expand(*labels.shape, 1, *masks.shape[-2:])
     return masks.gather(2, index).squeeze(2)

@@ -59,6 +59,12 @@ def test_clipping_and_size_equal_torchvision(found: Tensor) -> None:
         )
 
 
+def test_a_side_of_exactly_the_least_size_is_enough() -> None:
+    found = torch.tensor([[1.0, 1, 7, 9], [1, 1, 9, 7], [1, 1, 6.5, 9], [1, 1, 9, 6.5]])
+    assert large_enough(found, 6.0).tolist() == [True, True, False, False]
+    assert torchvision.ops.remove_small_boxes(found, 6.0).tolist() == [0, 1]
+
+
 @given(a=boxes(extent=90.0), b=boxes(extent=90.0))
 def test_iou_equals_torchvision(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(pairwise_iou(a, b), torchvision.ops.box_iou(a, b), rtol=0, atol=0, equal_nan=True)
@@ -80,7 +86,7 @@ def test_decoding_the_selected_equals_selecting_the_decoded(
     torch.manual_seed(0)
     generator = AnchorGenerator(sizes, ratios)
     images = ImageList(torch.zeros(3, 3, 96, 128), [(96, 128), (80, 101), (33, 128)])
-    maps = [torch.zeros(3, 1, 12, 16), torch.zeros(3, 1, 6, 8)]
+    maps = [torch.zeros(3, 1, 12, 8), torch.zeros(3, 1, 6, 8)]
     counts = generator.num_anchors_per_location()
     deltas = [
         (torch.randn(3, 4 * a, *m.shape[-2:]) * 0.5).to(memory_format=memory_format)
@@ -89,7 +95,7 @@ def test_decoding_the_selected_equals_selecting_the_decoded(
     anchors = generator(images, maps)[0].split([a * m[0].numel() for a, m in zip(counts, maps, strict=True)])
     indices = [torch.stack([torch.randperm(len(level))[:9] for _ in range(3)]) for level in anchors]
     size = torch.tensor(images.image_sizes)
-    strides = [(8, 8), (16, 16)]
+    strides = [(8, 16), (16, 16)]
     found, usable = ops.decode_proposals(deltas, indices, generator.cell_anchors, strides, size, min_size=6.0)
 
     for i, image_size in enumerate(images.image_sizes):
