@@ -33,7 +33,7 @@ class DemoConfig:
     """
 
     output: Path = Path("runs/demo")
-    images: int = 800
+    images: int = 640
     epochs: int = 4
     image_size: int = 96
     device: str | None = None

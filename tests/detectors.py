@@ -42,8 +42,9 @@ def pair(builder: str, images: list[Tensor], **kwargs: Any) -> tuple[nn.Module, 
 
 def calibrate(model: nn.Module, images: list[Tensor]) -> None:
     """Scale random weights, stage by stage, so that activations, scores and boxes spread as in a trained model."""
-    heads, limit = model.roi_heads, model.roi_heads.detections_per_img
-    heads.detections_per_img = 10  # enough to see how activations spread
+    heads = model.roi_heads
+    before = heads.detections_per_img, heads.score_thresh
+    heads.detections_per_img, heads.score_thresh = 10, 0.0  # always some to see how activations spread
     tensors = model.transform(list(images))[0].tensors
     for block in model.backbone.fpn.inner_blocks:
         rescale(block, 1.0, lambda: model.backbone(tensors))
@@ -55,7 +56,7 @@ def calibrate(model: nn.Module, images: list[Tensor]) -> None:
         stages += [(heads.keypoint_predictor.kps_score_lowres, 2.0)]
     for stage, wanted in stages:
         rescale(stage, wanted, lambda: model(list(images)))
-    heads.detections_per_img = limit
+    heads.detections_per_img, heads.score_thresh = before
 
 
 def rescale(stage: nn.Module, wanted: float, run: Callable[[], object]) -> None:
