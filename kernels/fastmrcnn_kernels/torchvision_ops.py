@@ -28,7 +28,9 @@ def roi_align(
     present = (rois[:, 0] >= 0) & (rois[:, 0] < len(features)) & rois.isfinite().all(dim=1)
     safe = torch.where(present[:, None], rois, 0).to(dtype)
     pooled = torchvision.ops.roi_align(features.to(dtype), safe, output_size, spatial_scale, sampling_ratio, aligned)
-    return torch.where(present[:, None, None, None], pooled, 0).to(features.dtype)
+    if not (on_host(present) and present.all()):
+        pooled = torch.where(present[:, None, None, None], pooled, 0)
+    return pooled.to(features.dtype)
 
 
 def multilevel_roi_align(
