@@ -30,10 +30,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-run: pyproject.toml | $(BIN)/python
+	@echo "Installing PyTorch and the rest into $(VENV): some minutes, once."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
 # The stamp of each extra also renews the editable install, so a changed pyproject.toml reaches all of them.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	@echo "Installing PyTorch and the rest into $(VENV): some minutes, once."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
 	touch $@

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fastmrcnn.coco_eval import CocoMetrics, IouType, detections_to_coco, evaluate_coco, load_json
+from fastmrcnn.coco_eval import CocoMetrics, evaluate_coco
+from fastmrcnn.coco_records import IouType, detections_to_coco, load_json
 from fastmrcnn.data import CocoDetection, DetectionDataset, collate
 from fastmrcnn.files import write_json
 
@@ -159,16 +160,16 @@ def detection_limit(model: nn.Module, limit: int | None, *, raise_only: bool = F
         limit: the number of detections; None leaves the model's own.
         raise_only: leave a higher limit of the model as it is.
     """
-    heads = getattr(model, "roi_heads", None)
+    heads: Any = getattr(model, "roi_heads", None)
     before = getattr(heads, "detections_per_img", None)
     if limit is None or before is None or (raise_only and before >= limit):
         yield
         return
-    heads.detections_per_img = limit  # type: ignore[union-attr]
+    heads.detections_per_img = limit
     try:
         yield
     finally:
-        heads.detections_per_img = before  # type: ignore[union-attr]
+        heads.detections_per_img = before
 
 
 def device_of(model: nn.Module) -> torch.device:

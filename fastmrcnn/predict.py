@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastmrcnn.coco_eval import detections_to_coco, load_json
+from fastmrcnn.coco_records import detections_to_coco, load_json
 from fastmrcnn.data import DataError, image_files, load_image
 from fastmrcnn.evaluate import default_device, detection_limit, device_of, eval_mode, match_categories
 from fastmrcnn.files import write_atomically, write_json

@@ -4,7 +4,8 @@
     fastmrcnn train --data.train_images photos --data.train_annotations photos.json
 
 `run` builds datasets and model from a `TrainConfig`, `train` is the loop: SGD with a linear warm-up and a step
-schedule, average precision after epochs, checkpoints `last.pt` and `best.pt`, numbers in `metrics.jsonl`.
+schedule, average precision after epochs, checkpoints `last.pt` and `best.pt`, numbers in `metrics.jsonl`, and in
+`config.json` what to pass as `--config` to do it again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import random
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from fastmrcnn.checkpoints import ModelInfo, load_checkpoint, save_checkpoint
 from fastmrcnn.coco_eval import CocoMetrics
 from fastmrcnn.data import CocoDetection, DetectionDataset, HorizontalFlip, collate, left_right_pairs
 from fastmrcnn.evaluate import default_device, evaluate
+from fastmrcnn.files import write_json
 from fastmrcnn.models.config import ModelConfig, build_model
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
 
@@ -119,6 +121,7 @@ def run(config: TrainConfig) -> Path:
     val_set = None
     if data.val_annotations is not None:
         val_set = CocoDetection(data.val_images or data.train_images, data.val_annotations, **options)
+    write_json(config.output / "config.json", json.loads(json.dumps(asdict(config), default=str)))
     return train(config, train_set, val_set)
 
 
@@ -131,7 +134,7 @@ def train(config: TrainConfig, train_set: DetectionDataset, val_set: DetectionDa
     model = build_model(config.model, train_set.num_classes, train_set.num_keypoints).to(device)
     optimizer = torch.optim.SGD(parameter_groups(model, config.optim), config.optim.lr, config.optim.momentum)
     loader: DataLoader[Any] = DataLoader(
-        train_set,  # type: ignore[arg-type]  # has __getitem__ and __len__, all that a loader needs
+        cast(Any, train_set),  # DataLoader asks for its own base class and needs only len() and [i]
         config.batch_size,
         shuffle=True,
         num_workers=config.data.workers,
@@ -272,11 +275,6 @@ def summary_line(epoch: int, metrics: dict[Any, CocoMetrics]) -> str:
     """One line of average precisions."""
     parts = [f"{kind} AP {value.ap:.3f} AP50 {value.ap50:.3f}" for kind, value in metrics.items()]
     return f"epoch {epoch}: " + ", ".join(parts)
-
-
-def config_dict(config: TrainConfig) -> dict[str, Any]:
-    """`config` in plain types, as YAML and JSON have them."""
-    return json.loads(json.dumps(asdict(config), default=str))
 
 
 if __name__ == "__main__":

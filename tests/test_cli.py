@@ -51,6 +51,8 @@ def test_train_evaluate_predict(shapes: Path, tmp_path: Path, capsys: pytest.Cap
     main(["train", "--config", str(config), "--epochs", "1", "--output", str(out)])
     assert "epoch 1: bbox AP" in capsys.readouterr().out
     assert (out / "best.pt").exists()
+    main(["train", "--config", str(out / "config.json"), "--output", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "metrics.jsonl").read_text().count("\n") == 1  # one epoch, as the first run had
 
     main(
         [

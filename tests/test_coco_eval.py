@@ -11,7 +11,8 @@ from pycocotools import mask as rle_codec
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fastmrcnn.coco_eval import CocoMetrics, detections_to_coco, evaluate_coco
+from fastmrcnn.coco_eval import CocoMetrics, evaluate_coco
+from fastmrcnn.coco_records import detections_to_coco
 
 FIXTURES = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "cocoeval_fixtures"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"COCO evaluation fixtures are not at {FIXTURES}")

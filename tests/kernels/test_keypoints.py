@@ -64,13 +64,13 @@ def test_no_heatmaps(impl: ops.Impl) -> None:
     assert scores.shape == (0, 4)
 
 
-def test_peak_of_a_keypoint() -> None:
+@pytest.mark.parametrize("impl", ["reference", "torchvision"])
+def test_peak_of_a_keypoint(impl: ops.Impl) -> None:
     heatmaps = torch.zeros(1, 1, 14, 14)
     heatmaps[0, 0, 3, 10] = 5.0
     box = torch.tensor([[10.0, 20.0, 38.0, 48.0]])
-    for impl in ("reference", "torchvision"):
-        places, _ = ops.heatmaps_to_keypoints(heatmaps, box, (64, 64), impl=impl)  # type: ignore[arg-type]
-        x, y, visible = places[0, 0].tolist()
-        assert abs(x - (10 + 10.5 * 2)) <= 1
-        assert abs(y - (20 + 3.5 * 2)) <= 1
-        assert visible == 1
+    places, _ = ops.heatmaps_to_keypoints(heatmaps, box, (64, 64), impl=impl)
+    x, y, visible = places[0, 0].tolist()
+    assert abs(x - (10 + 10.5 * 2)) <= 1
+    assert abs(y - (20 + 3.5 * 2)) <= 1
+    assert visible == 1

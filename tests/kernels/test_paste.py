@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from hypothesis import given
@@ -87,4 +89,4 @@ def test_bool_is_soft_above_the_threshold() -> None:
     soft = ops.paste_masks(masks, found, (20, 30))
     assert torch.equal(ops.paste_masks(masks, found, (20, 30), out="bool", threshold=0.3), soft > 0.3)
     with pytest.raises(ValueError, match="out='bits'"):
-        ops.paste_masks(masks, found, (20, 30), out="bits")  # type: ignore[arg-type]
+        ops.paste_masks(masks, found, (20, 30), out=cast(Any, "bits"))
