@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fastmrcnn
+from benchmarks.detectors import calibrate, twins
 from fastmrcnn.data import Shapes, image_files, load_image
 from fastmrcnn.files import write_json
-from fastmrcnn_kernels.reference.boxes import pairwise_iou
 
 PERCENTILES = (20, 50, 80)
 
@@ -46,7 +46,7 @@ def main() -> None:
     images = load_images(options.images, tuple(options.size), options.batch, options.device)
     theirs, ours = models(options.builder, images, options.device)
     with torch.inference_mode():
-        agreement = same_detections(theirs(images), ours(images))
+        agreement = agreement_of(theirs(images), ours(images))
         times = paired_times({"torchvision": lambda: theirs(images), "fastmrcnn": lambda: ours(images)}, options.pairs)
     result = report(times) | {"agreement": agreement, "conditions": conditions(options)}
     print(json.dumps(result, indent=2))
@@ -61,28 +61,10 @@ def models(builder: str, images: Sequence[Tensor], device: str) -> tuple[nn.Modu
     torch.manual_seed(0)
     arguments: dict[str, Any] = {"weights": None, "weights_backbone": None}
     theirs = getattr(torchvision.models.detection, builder)(**arguments).to(device).eval()
-    spread_activations(theirs, images)
+    calibrate(theirs, images)
     ours = getattr(fastmrcnn, builder)(**arguments).to(device).eval()
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
-
-
-def spread_activations(model: nn.Module, images: Sequence[Tensor]) -> None:
-    """Scale the last layers, so that scores and boxes spread: random ones give no detection, or all at once."""
-    heads = model.roi_heads
-    wanted = {
-        model.rpn.head.cls_logits: 2.0,
-        model.rpn.head.bbox_pred: 0.3,
-        heads.box_predictor.cls_score: 2.5,
-        heads.box_predictor.bbox_pred: 1.0,
-    }
-    for layer, deviation in wanted.items():
-        seen: list[Tensor] = []
-        handle = layer.register_forward_hook(lambda _m, _i, output, seen=seen: seen.append(output))
-        with torch.no_grad():
-            model(list(images))
-            layer.weight *= deviation / torch.cat([output.flatten() for output in seen]).std()
-        handle.remove()
 
 
 def load_images(folder: Path | None, size: tuple[int, int], count: int, device: str) -> list[Tensor]:
@@ -121,14 +103,9 @@ def _percentiles(values: Tensor) -> dict[str, float]:
     return {f"p{p}": round(torch.quantile(values, p / 100).item(), 3) for p in PERCENTILES}
 
 
-def same_detections(theirs: list[dict[str, Tensor]], ours: list[dict[str, Tensor]]) -> float:
-    """Share of torchvision's detections that ours has, too: label, box (IoU > 0.99), score (within 1e-3)."""
-    found = total = 0
-    for a, b in zip(theirs, ours, strict=True):
-        same = (pairwise_iou(a["boxes"], b["boxes"]) > 0.99) & (a["labels"][:, None] == b["labels"])
-        same &= (a["scores"][:, None] - b["scores"]).abs() < 1e-3
-        found, total = found + int(same.any(dim=1).sum()), total + len(a["boxes"])
-    return found / max(total, 1)
+def agreement_of(theirs: list[dict[str, Tensor]], ours: list[dict[str, Tensor]]) -> float:
+    """The least share, over the images and both ways, of detections with a twin in the other's."""
+    return min(min(twins(a, b), twins(b, a)) for a, b in zip(theirs, ours, strict=True))
 
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""Detectors with random weights that detect something, and comparisons between detectors."""
+"""Pairs of equal detectors, torchvision's and ours, and ground truth for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torchvision.models.detection as torchvision_detection
 from torch import Tensor, nn
 
 import fastmrcnn
-from fastmrcnn_kernels.reference.boxes import pairwise_iou
+from benchmarks.detectors import calibrate
 
 BUILDERS = [
     "maskrcnn_resnet50_fpn",
@@ -38,56 +37,6 @@ def pair(builder: str, images: list[Tensor], **kwargs: Any) -> tuple[nn.Module, 
     ours = getattr(fastmrcnn, builder)(**arguments).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs, ours
-
-
-def calibrate(model: nn.Module, images: list[Tensor]) -> None:
-    """Scale random weights, stage by stage, so that activations, scores and boxes spread as in a trained model."""
-    heads = model.roi_heads
-    before = heads.detections_per_img, heads.score_thresh
-    heads.detections_per_img, heads.score_thresh = 10, 0.0  # always some to see how activations spread
-    tensors = model.transform(list(images))[0].tensors
-    for block in model.backbone.fpn.inner_blocks:
-        rescale(block, 1.0, lambda: model.backbone(tensors))
-    stages = [(model.rpn.head.cls_logits, 2.0), (model.rpn.head.bbox_pred, 0.3)]
-    stages += [(heads.box_predictor.cls_score, 2.5), (heads.box_predictor.bbox_pred, 1.0)]
-    if heads.has_mask():
-        stages += [(heads.mask_predictor.mask_fcn_logits, 2.0)]
-    if heads.has_keypoint():
-        stages += [(heads.keypoint_predictor.kps_score_lowres, 2.0)]
-    for stage, wanted in stages:
-        rescale(stage, wanted, lambda: model(list(images)))
-    heads.detections_per_img, heads.score_thresh = before
-
-
-def rescale(stage: nn.Module, wanted: float, run: Callable[[], object]) -> None:
-    """Scale the weights of the layer `stage`, or the first in it, so that its output spreads by `wanted` in `run`."""
-    layer = stage if isinstance(stage, nn.Conv2d | nn.Linear | nn.ConvTranspose2d) else stage[0]
-    seen: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda _m, _i, output: seen.append(output))
-    with torch.no_grad():
-        run()
-        layer.weight *= wanted / torch.cat([x.flatten() for x in seen]).std()
-    handle.remove()
-
-
-def twins(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Share of the detections of `a` that have a twin in `b`: same label, IoU, score, mask and keypoints."""
-    if len(a["boxes"]) == 0:
-        return 1.0
-    if len(b["boxes"]) == 0:
-        return 0.0
-    same = pairwise_iou(a["boxes"], b["boxes"]) > 0.99
-    same &= a["labels"][:, None] == b["labels"]
-    same &= (a["scores"][:, None] - b["scores"]).abs() < 1e-3
-    if "masks" in a:
-        for i, j in same.nonzero().tolist():
-            inside = (a["masks"][i] > 0) | (b["masks"][j] > 0)
-            same[i, j] = (a["masks"][i] - b["masks"][j]).abs()[inside].mean() < 1e-2 if inside.any() else True
-    if "keypoints" in a:
-        for i, j in same.nonzero().tolist():
-            near = (a["keypoints"][i] - b["keypoints"][j]).abs().amax(dim=-1) < 1.0
-            same[i, j] = near.float().mean() >= 0.9  # equal peaks of a heatmap may be far apart
-    return same.any(dim=1).float().mean().item()
 
 
 def targets_for(images: list[Tensor], counts: list[int], *, keypoints: int = 0) -> list[dict[str, Any]]:

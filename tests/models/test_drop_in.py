@@ -13,13 +13,14 @@ import torch
 import torchvision
 import torchvision.models.detection as torchvision_detection
 from conftest import SHARED
-from detectors import BUILDERS, calibrate, targets_for, twins
+from detectors import BUILDERS, targets_for
 from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 
 import fastmrcnn
+from benchmarks.detectors import calibrate, twins
 
 CLASSES = ["FasterRCNN", "MaskRCNN", "KeypointRCNN"]
 UNTRAINED: dict[str, Any] = {"weights": None, "weights_backbone": None}

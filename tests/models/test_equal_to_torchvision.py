@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from detectors import BUILDERS, pair, targets_for, twins
+from detectors import BUILDERS, pair, targets_for
 from torch import Tensor, nn
+
+from benchmarks.detectors import twins
 
 FEW = {"rpn_post_nms_top_n_test": 60}
 

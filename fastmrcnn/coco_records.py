@@ -1,0 +1,220 @@
+"""COCO annotations and results as records: read, checked and indexed; detections as records.
+
+What is malformed is named by file and position, before pycocotools trips over it or, worse, does not.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from pycocotools import mask as rle_codec
+from pycocotools.coco import COCO
+from torch import Tensor
+
+__all__ = ["IouType", "count_keypoints", "detections_to_coco", "load_ground_truth", "load_json", "load_results"]
+
+IouType = Literal["bbox", "segm", "keypoints"]
+
+_RESULT_KEY = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
+
+
+def load_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON; names the file and the place.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from None
+
+
+def load_ground_truth(source: dict[str, Any] | str | os.PathLike[str], iou_type: IouType) -> COCO:
+    """An indexed copy of the ground truth (a dict or a JSON file) with every field COCOeval reads filled in."""
+    data, name = (source, "ground_truth") if isinstance(source, dict) else (load_json(source), str(source))
+    parts = ("images", "annotations", "categories")
+    if not isinstance(data, dict) or not all(isinstance(data.get(part), list) for part in parts):
+        raise ValueError(f"{name}: COCO annotations must be an object with the lists {', '.join(parts)}")
+    for part, keys in (("images", ["id"]), ("categories", ["id", "name"])):
+        for i, record in enumerate(data[part]):
+            _require(record, keys, f"{name}: {part}[{i}]")
+    images = {image["id"]: image for image in data["images"]}
+    annotations = []
+    for i, record in enumerate(data["annotations"]):
+        where = f"{name}: annotations[{i}]"
+        _require(record, ["image_id", "category_id", "bbox"] + ["segmentation"] * (iou_type == "segm"), where)
+        if record["image_id"] not in images:
+            continue  # belongs to an image outside this set: COCOeval passes it over, too
+        _check_bbox(record["bbox"], where)
+        annotation = {"iscrowd": 0, **record, "id": i + 1}
+        if iou_type == "segm":
+            annotation["segmentation"] = _to_rle(record["segmentation"], images[record["image_id"]], where)
+            annotation.setdefault("area", float(rle_codec.area(annotation["segmentation"])))
+        annotation.setdefault("area", record["bbox"][2] * record["bbox"][3])
+        if iou_type == "keypoints":
+            annotation.setdefault("keypoints", [])
+            annotation.setdefault("num_keypoints", sum(v > 0 for v in annotation["keypoints"][2::3]))
+        annotations.append(annotation)
+    return _index({**data, "annotations": annotations})
+
+
+def load_results(source: list[dict[str, Any]] | str | os.PathLike[str], truth: COCO, iou_type: IouType) -> COCO:
+    """What pycocotools' loadRes does, for each record by its own keys, on a copy, with checks, and for no results."""
+    data, name = (source, "results") if isinstance(source, list | dict) else (load_json(source), str(source))
+    if not isinstance(data, list):
+        raise ValueError(f"{name}: COCO results must be a list of records, got {type(data).__name__}")
+    num_keypoints = count_keypoints(truth) if iou_type == "keypoints" else 0
+    annotations = []
+    for i, record in enumerate(data):
+        where = f"{name}[{i}]"
+        _require(record, ["image_id", "category_id", "score", _RESULT_KEY[iou_type]], where)
+        if record["image_id"] not in truth.imgs:
+            raise ValueError(f"{where}: image_id {record['image_id']!r} is not in the ground truth")
+        if record["category_id"] not in truth.cats:
+            raise ValueError(f"{where}: category_id {record['category_id']!r} is not in the ground truth")
+        if not isinstance(record["score"], int | float) or not math.isfinite(record["score"]):
+            raise ValueError(f"{where}: score must be a finite number, got {record['score']!r}")
+        region = _region(record, iou_type, truth.imgs[record["image_id"]], num_keypoints, where)
+        annotations.append({**record, "id": i + 1, "iscrowd": 0, **region})
+    return _index({**truth.dataset, "annotations": annotations})
+
+
+def _region(
+    record: dict[str, Any], iou_type: IouType, image: dict[str, Any], num_keypoints: int, where: str
+) -> dict[str, Any]:
+    """The checked region of one result and its area in pixels."""
+    box: Any = record.get("bbox")
+    if box is not None:
+        _check_bbox(box, where)
+    if iou_type == "segm":
+        rle = _to_rle(record["segmentation"], image, where)
+        polygons = isinstance(record["segmentation"], list)
+        return {"segmentation": rle, "area": box[2] * box[3] if polygons and box else float(rle_codec.area(rle))}
+    if iou_type == "keypoints":
+        points = record["keypoints"]
+        if not isinstance(points, list) or len(points) != 3 * num_keypoints:
+            raise ValueError(f"{where}: keypoints must be {num_keypoints} flattened (x, y, v)")
+        if not box:
+            return {"area": float(np.ptp(points[0::3]) * np.ptp(points[1::3]))}
+    return {"area": box[2] * box[3]}
+
+
+def _to_rle(segmentation: Any, image: dict[str, Any], where: str) -> dict[str, Any]:
+    """Polygons, uncompressed or compressed RLE as compressed RLE, checked to be of the image's size."""
+    if "height" not in image or "width" not in image:
+        raise ValueError(f"{where}: its image {image['id']!r} has no height and width, which masks need")
+    size = [image["height"], image["width"]]
+    try:
+        if isinstance(segmentation, list):
+            return cast(dict[str, Any], rle_codec.merge(rle_codec.frPyObjects(segmentation, *size)))
+        rle = segmentation
+        if isinstance(rle["counts"], list):
+            rle = rle_codec.frPyObjects(rle, *rle["size"])
+    except Exception as error:  # pycocotools raises bare Exception, KeyError, TypeError and more
+        raise ValueError(f"{where}: segmentation is neither polygons nor RLE ({error})") from None
+    # pycocotools matches masks of another size with nothing, silently.
+    if list(rle["size"]) != size:
+        raise ValueError(f"{where}: the mask is {list(rle['size'])} (height, width), its image is {size}")
+    return cast(dict[str, Any], rle)
+
+
+def count_keypoints(truth: COCO) -> int:
+    """Keypoints per object, from the categories or, if they do not say, from the annotations."""
+    named = [len(category["keypoints"]) for category in truth.cats.values() if category.get("keypoints")]
+    marked = [len(annotation["keypoints"]) // 3 for annotation in truth.anns.values() if annotation.get("keypoints")]
+    counts = set(named or marked)
+    if len(counts) > 1:
+        raise ValueError(f"ground_truth: categories with different numbers of keypoints: {sorted(counts)}")
+    return counts.pop() if counts else 17
+
+
+def _index(data: dict[str, Any]) -> COCO:
+    coco = COCO()
+    coco.dataset = data
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _require(record: Any, keys: Sequence[str], where: str) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: must be an object with {', '.join(keys)}, got {type(record).__name__}")
+    missing = [key for key in keys if key not in record]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} missing (it has {', '.join(map(str, record))})")
+
+
+def _check_bbox(box: Any, where: str) -> None:
+    if not isinstance(box, list | tuple) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
+        raise ValueError(f"{where}: bbox must be four numbers (x, y, width, height), got {box!r}")
+
+
+def detections_to_coco(
+    output: Mapping[str, Tensor],
+    image_id: int,
+    category_ids: Sequence[int | None],
+    *,
+    mask_threshold: float = 0.5,
+) -> list[dict[str, Any]]:
+    """The detections of one image as COCO results.
+
+    Args:
+        output: what the model returns for the image: boxes float [D, 4] (x1, y1, x2, y2 in pixels), labels int [D]
+            from 1, scores float [D]; masks float [D, 1, H, W] in 0..1 and keypoints float [D, K, 3] if it has them.
+        image_id: the image's id in the ground truth.
+        category_ids: the category of label ``l`` is ``category_ids[l - 1]``; None leaves its detections out.
+        mask_threshold: a pixel belongs to a mask where the soft mask is above this.
+
+    Returns:
+        One record per detection, in the model's order: image_id, category_id, bbox (x, y, width, height), score, and
+        segmentation (RLE, counts as str) or keypoints (x, y, v flattened) if given.
+
+    Raises:
+        ValueError: a label has no category.
+    """
+    labels = output["labels"].tolist()
+    if labels and not 1 <= min(labels) <= max(labels) <= len(category_ids):
+        raise ValueError(
+            f"image {image_id}: the model predicts labels {min(labels)} to {max(labels)}, but category_ids has only "
+            f"{len(category_ids)} classes: is this the dataset it was trained for?"
+        )
+    boxes = output["boxes"].float()
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    columns: dict[str, list[Any]] = {
+        "bbox": torch.cat([boxes[:, :2], sizes], dim=1).tolist(),
+        "score": output["scores"].tolist(),
+    }
+    if "masks" in output:
+        columns["segmentation"] = _encode(output["masks"], mask_threshold)
+    if "keypoints" in output:
+        columns["keypoints"] = output["keypoints"].flatten(1).tolist()
+    records = []
+    for i, label in enumerate(labels):
+        category_id = category_ids[label - 1]
+        if category_id is not None:
+            values = {name: column[i] for name, column in columns.items()}
+            records.append({"image_id": image_id, "category_id": category_id, **values})
+    return records
+
+
+def _encode(masks: Tensor, threshold: float) -> list[dict[str, Any]]:
+    """Soft masks [D, 1, H, W] as D compressed RLEs with str counts."""
+    if masks.shape[0] == 0:
+        return []
+    # pycocotools wants [H, W, D] in Fortran order, which is [D, W, H] in C order: transposed where the masks are, so
+    # that one byte per pixel is moved once and numpy copies nothing.
+    pixels = (masks[:, 0] > threshold).transpose(1, 2).contiguous().view(torch.uint8).cpu().numpy()
+    rles = rle_codec.encode(pixels.transpose(2, 1, 0))
+    return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in rles]
