@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +40,17 @@ def rescale(stage: nn.Module, wanted: float, run: Callable[[], object]) -> None:
     handle.remove()
 
 
-def twins(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Share of the detections of `a` that have a twin in `b`: same label, IoU, score, mask and keypoints."""
-    if len(a["boxes"]) == 0:
-        return 1.0
-    if len(b["boxes"]) == 0:
-        return 0.0
+def agreement(theirs: Sequence[dict[str, Tensor]], ours: Sequence[dict[str, Tensor]]) -> float:
+    """Share of the detections in a batch of images that have a twin in the other's: the smaller of both ways."""
+    ways = []
+    for a, b in ((theirs, ours), (ours, theirs)):
+        found = torch.cat([have_twins(x, y) for x, y in zip(a, b, strict=True)])
+        ways.append(found.double().mean().item() if len(found) else 1.0)
+    return min(ways)
+
+
+def have_twins(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+    """Which detections of `a` are in `b`, too: same label, IoU, score, mask and keypoints, bool [D]."""
     same = pairwise_iou(a["boxes"], b["boxes"]) > 0.99
     same &= a["labels"][:, None] == b["labels"]
     same &= (a["scores"][:, None] - b["scores"]).abs() < 1e-3
@@ -57,4 +62,4 @@ def twins(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
         for i, j in same.nonzero().tolist():
             near = (a["keypoints"][i] - b["keypoints"][j]).abs().amax(dim=-1) < 1.0
             same[i, j] = near.float().mean() >= 0.9  # equal peaks of a heatmap may be far apart
-    return same.any(dim=1).float().mean().item()
+    return same.any(dim=1)

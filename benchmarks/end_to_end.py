@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fastmrcnn
-from benchmarks.detectors import calibrate, twins
+from benchmarks.detectors import agreement, calibrate
 from fastmrcnn.data import Shapes, image_files, load_image
 from fastmrcnn.files import write_json
 
@@ -46,14 +46,14 @@ def main() -> None:
     images = load_images(options.images, tuple(options.size), options.batch, options.device)
     theirs, ours = models(options.builder, images, options.device)
     with torch.inference_mode():
-        agreement = agreement_of(theirs(images), ours(images))
+        agreed = agreement(theirs(images), ours(images))
         times = paired_times({"torchvision": lambda: theirs(images), "fastmrcnn": lambda: ours(images)}, options.pairs)
-    result = report(times) | {"agreement": agreement, "conditions": conditions(options)}
+    result = report(times) | {"agreement": agreed, "conditions": conditions(options)}
     print(json.dumps(result, indent=2))
     if options.json:
         write_json(options.json, result)
-    if agreement < 0.98:
-        raise SystemExit(f"only {agreement:.1%} of the detections agree: the times mean nothing")
+    if agreed < 0.98:
+        raise SystemExit(f"only {agreed:.1%} of the detections agree: the times mean nothing")
 
 
 def models(builder: str, images: Sequence[Tensor], device: str) -> tuple[nn.Module, nn.Module]:
@@ -101,11 +101,6 @@ def report(times: dict[str, list[float]]) -> dict[str, Any]:
 
 def _percentiles(values: Tensor) -> dict[str, float]:
     return {f"p{p}": round(torch.quantile(values, p / 100).item(), 3) for p in PERCENTILES}
-
-
-def agreement_of(theirs: list[dict[str, Tensor]], ours: list[dict[str, Tensor]]) -> float:
-    """The least share, over the images and both ways, of detections with a twin in the other's."""
-    return min(min(twins(a, b), twins(b, a)) for a, b in zip(theirs, ours, strict=True))
 
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 
 import fastmrcnn
-from benchmarks.detectors import calibrate, twins
+from benchmarks.detectors import agreement, calibrate
 
 CLASSES = ["FasterRCNN", "MaskRCNN", "KeypointRCNN"]
 UNTRAINED: dict[str, Any] = {"weights": None, "weights_backbone": None}
@@ -110,9 +110,7 @@ def test_custom_backbone_anchors_and_pooler() -> None:
     with torch.inference_mode():
         expected, found = theirs(images), ours(images)
     assert sum(len(result["boxes"]) for result in expected) > 10
-    for a, b in zip(expected, found, strict=True):
-        assert twins(a, b) >= 0.98
-        assert twins(b, a) >= 0.98
+    assert agreement(expected, found) >= 0.98
 
 
 def test_settings_changed_later_count(model: fastmrcnn.MaskRCNN, photos: list[Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from detectors import BUILDERS, pair, targets_for
 from torch import Tensor, nn
 
-from benchmarks.detectors import twins
+from benchmarks.detectors import agreement
 
 FEW = {"rpn_post_nms_top_n_test": 60}
 
@@ -22,15 +22,16 @@ def assert_same_form(theirs: list[dict[str, Tensor]], ours: list[dict[str, Tenso
 
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_detections(builder: str, photos: list[Tensor]) -> None:
+    """In float32 nearly all, since rounding may flip a decision; in float64 all."""
     theirs, ours = pair(builder, photos, **FEW)
-    with torch.inference_mode():
-        expected, found = theirs(photos), ours(photos)
-    assert_same_form(expected, found)
-    for a, b in zip(expected, found, strict=True):
-        assert len(a["boxes"]) > 0
-        assert twins(a, b) >= 0.98
-        assert twins(b, a) >= 0.98
-        assert (b["scores"].diff() <= 0).all()
+    for dtype, least in ((torch.float32, 0.98), (torch.float64, 1.0)):
+        images = [photo.to(dtype) for photo in photos]
+        with torch.inference_mode():
+            expected, found = theirs.to(dtype)(images), ours.to(dtype)(images)
+        assert_same_form(expected, found)
+        assert all(len(a["boxes"]) > 0 for a in expected)
+        assert agreement(expected, found) >= least
+        assert all((b["scores"].diff() <= 0).all() for b in found)
 
 
 @pytest.mark.parametrize("builder", ["maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"])
