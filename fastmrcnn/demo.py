@@ -33,7 +33,7 @@ class DemoConfig:
     """
 
     output: Path = Path("runs/demo")
-    images: int = 640
+    images: int = 560
     epochs: int = 4
     image_size: int = 96
     device: str | None = None
