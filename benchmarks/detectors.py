@@ -11,11 +11,12 @@ from fastmrcnn_kernels.reference.boxes import pairwise_iou
 
 
 def calibrate(model: nn.Module, images: list[Tensor]) -> None:
-    """Scale random weights, stage by stage, so that activations, scores and boxes spread as in a trained model."""
+    """Scale random weights and shift biases, stage by stage, so that activations, scores and boxes spread as in a trained model."""
     heads = model.roi_heads
     before = heads.detections_per_img, heads.score_thresh
     heads.detections_per_img, heads.score_thresh = 10, 0.0  # always some to see how activations spread
     tensors = model.transform(list(images))[0].tensors
+    settle_norms(model, lambda: model(list(images)))
     for block in model.backbone.fpn.inner_blocks:
         rescale(block, 1.0, lambda: model.backbone(tensors))
     stages = [(model.rpn.head.cls_logits, 2.0), (model.rpn.head.bbox_pred, 0.3)]
@@ -29,14 +30,34 @@ def calibrate(model: nn.Module, images: list[Tensor]) -> None:
     heads.detections_per_img, heads.score_thresh = before
 
 
+def settle_norms(model: nn.Module, run: Callable[[], object]) -> None:
+    """Set the running statistics of batch norms to those of `run`, so that evaluation and training spread alike."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    with torch.no_grad():
+        run()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
 def rescale(stage: nn.Module, wanted: float, run: Callable[[], object]) -> None:
-    """Scale the weights of the layer `stage`, or the first in it, so that its output spreads by `wanted` in `run`."""
+    """Scale the weights of the layer `stage`, or the first in it, so that its output spreads by `wanted` in `run`.
+
+    The bias of a linear layer becomes what makes its mean output 0: no class wins everywhere.
+    """
     layer = stage if isinstance(stage, nn.Conv2d | nn.Linear | nn.ConvTranspose2d) else stage[0]
     seen: list[Tensor] = []
     handle = layer.register_forward_hook(lambda _m, _i, output: seen.append(output))
     with torch.no_grad():
         run()
-        layer.weight *= wanted / torch.cat([x.flatten() for x in seen]).std()
+        scale = wanted / torch.cat([x.flatten() for x in seen]).std()
+        layer.weight *= scale
+        if isinstance(layer, nn.Linear):
+            layer.bias.copy_(scale * (layer.bias - torch.cat(seen).mean(dim=0)))
     handle.remove()
 
 

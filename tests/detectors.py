@@ -40,7 +40,7 @@ def pair(builder: str, images: list[Tensor], **kwargs: Any) -> tuple[nn.Module, 
 
 
 def targets_for(images: list[Tensor], counts: list[int], *, keypoints: int = 0) -> list[dict[str, Any]]:
-    """Random rectangles as ground truth, `counts[i]` of them in `images[i]`."""
+    """Random rectangles as ground truth, `counts[i]` of them in `images[i]`, with boxes of the image's dtype."""
     generator = torch.Generator().manual_seed(1)
     targets = []
     for image, count in zip(images, counts, strict=True):
@@ -52,7 +52,7 @@ def targets_for(images: list[Tensor], counts: list[int], *, keypoints: int = 0) 
         y, x = torch.arange(height)[:, None], torch.arange(width)
         x1, y1, x2, y2 = (v[:, None, None] for v in boxes.unbind(1))
         masks = ((x >= x1) & (x <= x2) & (y >= y1) & (y <= y2)).to(torch.uint8)
-        target = {"boxes": boxes, "labels": torch.ones(count, dtype=torch.int64), "masks": masks}
+        target = {"boxes": boxes.to(image.dtype), "labels": torch.ones(count, dtype=torch.int64), "masks": masks}
         if keypoints:
             spread = torch.rand(count, keypoints, 2, generator=generator) * 1.2 - 0.1  # some lie outside their box
             xy = start[:, None] + spread * extent[:, None]

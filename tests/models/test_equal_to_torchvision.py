@@ -22,16 +22,19 @@ def assert_same_form(theirs: list[dict[str, Tensor]], ours: list[dict[str, Tenso
 
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_detections(builder: str, photos: list[Tensor]) -> None:
-    """In float32 nearly all, since rounding may flip a decision; in float64 all."""
+    """In float64 all are equal.  In float32 rounding flips decisions, twice as many as in one of the two models."""
     theirs, ours = pair(builder, photos, **FEW)
-    for dtype, least in ((torch.float32, 0.98), (torch.float64, 1.0)):
-        images = [photo.to(dtype) for photo in photos]
-        with torch.inference_mode():
-            expected, found = theirs.to(dtype)(images), ours.to(dtype)(images)
-        assert_same_form(expected, found)
-        assert all(len(a["boxes"]) > 0 for a in expected)
-        assert agreement(expected, found) >= least
-        assert all((b["scores"].diff() <= 0).all() for b in found)
+    with torch.inference_mode():
+        expected, found = theirs(photos), ours(photos)
+        exact = [photo.double() for photo in photos]
+        expected_exact, found_exact = theirs.double()(exact), ours.double()(exact)
+    assert_same_form(expected, found)
+    assert_same_form(expected_exact, found_exact)
+    assert all(len(detections["boxes"]) > 0 for detections in expected)
+    assert all((detections["scores"].diff() <= 0).all() for detections in found)
+    assert agreement(expected_exact, found_exact) == 1
+    rounding = 1 - agreement(expected, expected_exact)
+    assert agreement(expected, found) >= 1 - max(0.02, 2 * rounding)
 
 
 @pytest.mark.parametrize("builder", ["maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"])
@@ -55,6 +58,12 @@ EXHAUSTIVE = {
 }
 
 
+def exhaustive(builder: str, images: list[Tensor]) -> tuple[nn.Module, nn.Module, list[Tensor]]:
+    """A pair that samples everything, and the images, in float64, where the order of additions does not show."""
+    theirs, ours = pair(builder, images, **EXHAUSTIVE)
+    return theirs.double(), ours.double(), [image.double() for image in images]
+
+
 def step(model: nn.Module, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
     model.train().zero_grad()
     losses = model(images, targets)
@@ -64,18 +73,14 @@ def step(model: nn.Module, images: list[Tensor], targets: list[dict[str, Any]]) 
 
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_losses_and_gradients(builder: str) -> None:
-    """In float64, where the order of additions does not show."""
     torch.manual_seed(0)
     images = [torch.rand(3, 150, 190), torch.rand(3, 180, 130), torch.rand(3, 140, 140)]
-    theirs, ours = pair(builder, images, **EXHAUSTIVE)
-    theirs, ours, images = theirs.double(), ours.double(), [image.double() for image in images]
+    theirs, ours, images = exhaustive(builder, images)
     targets = targets_for(images, [3, 2, 0], keypoints=17 if "keypoint" in builder else 0)
-    for target in targets:
-        target["boxes"] = target["boxes"].double()
     expected, found = step(theirs, images, targets), step(ours, images, targets)
     assert list(expected) == list(found)
     for name, value in expected.items():
-        assert value.item() > 0
+        assert 0 < value.item() < 20, f"{name}: {value} is no trained model's loss, and would hide differences"
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=0, check_dtype=False, msg=name)
 
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
@@ -92,11 +97,11 @@ def test_losses_and_gradients(builder: str) -> None:
 def test_images_without_objects() -> None:
     torch.manual_seed(0)
     images = [torch.rand(3, 150, 190), torch.rand(3, 180, 130)]
-    theirs, ours = pair("maskrcnn_resnet50_fpn", images, **EXHAUSTIVE)
+    theirs, ours, images = exhaustive("maskrcnn_resnet50_fpn", images)
     targets = targets_for(images, [0, 0])
     expected, found = step(theirs, images, targets), step(ours, images, targets)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-9, msg=name)
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-9, check_dtype=False, msg=name)
     assert found["loss_mask"].item() == 0
     assert all(torch.isfinite(p.grad).all() for p in ours.parameters() if p.grad is not None)
 
@@ -105,14 +110,14 @@ def test_objects_at_the_border() -> None:
     """The smaller image of a batch ends inside the canvas: its masks end there too."""
     torch.manual_seed(0)
     images = [torch.rand(3, 200, 220), torch.rand(3, 150, 160)]
-    theirs, ours = pair("maskrcnn_resnet50_fpn", images, **EXHAUSTIVE)
+    theirs, ours, images = exhaustive("maskrcnn_resnet50_fpn", images)
     targets = []
     for image in images:
         height, width = image.shape[-2:]
         masks = torch.zeros(2, height, width, dtype=torch.uint8)
         masks[0, height - 40 :, width - 50 :] = 1
         masks[1] = 1
-        boxes = torch.tensor([[width - 50, height - 40, width, height], [0, 0, width, height]]).float()
+        boxes = torch.tensor([[width - 50, height - 40, width, height], [0, 0, width, height]]).to(image)
         targets.append({"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks})
     expected, found = step(theirs, images, targets), step(ours, images, targets)
-    torch.testing.assert_close(found["loss_mask"], expected["loss_mask"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["loss_mask"], expected["loss_mask"], rtol=1e-5, atol=0, check_dtype=False)
