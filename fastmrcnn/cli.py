@@ -34,7 +34,7 @@ def build_parser() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; `arguments` default to those of the process."""
     parser = build_parser()
-    chosen = parser.instantiate_classes(parser.parse_args(arguments))
+    chosen = parser.instantiate(parser.parse_args(arguments))
     config, run, _ = COMMANDS[chosen.command]
     options = dict(vars(chosen[chosen.command]))
     options.pop("config", None)

@@ -33,7 +33,7 @@ def pair(builder: str, images: list[Tensor], **kwargs: Any) -> tuple[nn.Module, 
         "max_size": 320,
     } | kwargs
     theirs = getattr(torchvision_detection, builder)(**arguments).eval()
-    calibrate(theirs, images[:1])
+    calibrate(theirs, images)
     ours = getattr(fastmrcnn, builder)(**arguments).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs, ours

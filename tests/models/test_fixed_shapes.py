@@ -102,7 +102,7 @@ def test_trimmed_and_padded_detections_agree(
     builder: str, photos: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = {key: value for key, value in FEW.items() if "weights" not in key}
-    _, model = pair(builder, photos[:1], **few, box_detections_per_img=20, min_size=96, max_size=128)
+    _, model = pair(builder, photos[:2], **few, box_detections_per_img=20, min_size=96, max_size=128)
     with torch.inference_mode():
         trimmed = model(photos[:2])
         not_on_host(monkeypatch)
