@@ -11,7 +11,7 @@ from fastmrcnn_kernels.reference.boxes import pairwise_iou
 
 
 def calibrate(model: nn.Module, images: list[Tensor]) -> None:
-    """Scale random weights and shift biases, stage by stage, so that activations, scores and boxes spread as in a trained model."""
+    """Make activations, scores and boxes of random weights spread as in a trained model, stage by stage."""
     heads = model.roi_heads
     before = heads.detections_per_img, heads.score_thresh
     heads.detections_per_img, heads.score_thresh = 10, 0.0  # always some to see how activations spread
