@@ -13,6 +13,7 @@ Boxes are `x1,y1,x2,y2` in pixels everywhere.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -22,7 +23,7 @@ import torchvision
 from torch import Tensor
 from torchvision.models.detection import roi_heads as torchvision_heads
 
-from fastmrcnn_kernels import torchvision_ops
+from fastmrcnn_kernels import library, torchvision_ops
 from fastmrcnn_kernels.host import on_host
 from fastmrcnn_kernels.reference import boxes as reference_boxes
 from fastmrcnn_kernels.reference import keypoints as reference_keypoints
@@ -31,12 +32,22 @@ from fastmrcnn_kernels.reference import paste as reference_paste
 from fastmrcnn_kernels.reference import roi_align as reference_roi_align
 
 Impl = Literal["auto", "reference", "triton", "torchvision"]
+Interpolation = Literal["bilinear", "bicubic"]
+Sampling = Literal["average", "corner"]
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
-    "roi_align": {"reference": reference_roi_align.roi_align, "torchvision": torchvision_ops.roi_align},
+    "roi_align": {
+        "reference": reference_roi_align.roi_align,
+        "torchvision": torchvision_ops.roi_align,
+        "triton": library.roi_align,
+    },
     "multilevel_roi_align": {
         "reference": reference_roi_align.multilevel_roi_align,
         "torchvision": torchvision_ops.multilevel_roi_align,
+        "triton": library.multilevel_roi_align,
     },
     "nms": {"reference": reference_nms.nms, "torchvision": torchvision.ops.nms},
     "batched_nms": {"reference": reference_nms.batched_nms, "torchvision": torchvision_ops.batched_nms},
@@ -59,6 +70,23 @@ def _choose(op: str, impl: str, auto: str) -> Callable[..., Any]:
         others = " or ".join(repr(k) for k in ("auto", *available))
         raise NotImplementedError(f"fastmrcnn.ops.{op} has no {name!r} implementation yet: use impl={others}")
     return available[name]
+
+
+def _choose_roi_align(op: str, impl: str, features: Tensor, interpolation: str, sampling: str) -> tuple[str, Any]:
+    """Name and function of the implementation; ValueError for a sampler that there is not."""
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(f"interpolation={interpolation!r}: expected 'bilinear' or 'bicubic'")
+    if sampling not in ("average", "corner"):
+        raise ValueError(f"sampling={sampling!r}: expected 'average' or 'corner'")
+    usual = interpolation == "bilinear" and sampling == "average"
+    if impl == "torchvision" and not usual:
+        raise NotImplementedError("impl='torchvision' has interpolation='bilinear' with sampling='average' only")
+    if impl == "triton" and features.dtype not in _KERNEL_DTYPES:
+        raise TypeError(f"impl='triton': expected float32, float16 or bfloat16 features, got {features.dtype}")
+    if impl == "auto":
+        kernel = features.is_cuda and features.dtype in _KERNEL_DTYPES and _HAS_TRITON
+        impl = "triton" if kernel else "torchvision" if usual else "reference"
+    return impl, _choose(op, impl, impl)
 
 
 def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -107,9 +135,11 @@ def roi_align(
     sampling_ratio: int = -1,
     aligned: bool = False,
     *,
+    interpolation: Interpolation = "bilinear",
+    sampling: Sampling = "average",
     impl: Impl = "auto",
 ) -> Tensor:
-    """RoIAlign with average pooling (Mask R-CNN), as `torchvision.ops.roi_align`.
+    """RoIAlign (Mask R-CNN), by default with the semantics of `torchvision.ops.roi_align`.
 
     Args:
         input: features [N, C, H, W].
@@ -119,13 +149,18 @@ def roi_align(
         spatial_scale: cells of `input` per pixel of `boxes`.
         sampling_ratio: samples per bin and axis; not positive: ceil(RoI extent / bins), as detectron2 does.
         aligned: shift boxes by half a cell, so that cell centres lie at integers + 0.5 (detectron2's ROIAlignV2).
+        interpolation: between cells; `"bicubic"` is Keys' with a = -0.75, as PyTorch's, cells repeated at the border.
+        sampling: `"average"` of the samples of a bin; or one sample per bin, the first and last at the `"corner"`s of
+            the box and none outside the map counting (TensorFlow's `crop_and_resize`, with boxes in cells).
 
     Returns:
         [R, C, height, width] in the dtype of `input`; arithmetic in float32 (float64 for float64).
     """
     _check("input", input, None, None, None, None)
-    run = _choose("roi_align", impl, "torchvision")
-    return run(input, _rois(boxes), _pair(output_size, "output_size"), spatial_scale, sampling_ratio, aligned)
+    name, run = _choose_roi_align("roi_align", impl, input, interpolation, sampling)
+    sampler = () if name == "torchvision" else (interpolation, sampling)
+    size = _pair(output_size, "output_size")
+    return run(input, _rois(boxes), size, spatial_scale, sampling_ratio, aligned, *sampler)
 
 
 def multilevel_roi_align(
@@ -139,16 +174,19 @@ def multilevel_roi_align(
     levels: Tensor | None = None,
     canonical_scale: float = 224,
     canonical_level: int = 4,
+    interpolation: Interpolation = "bilinear",
+    sampling: Sampling = "average",
     impl: Impl = "auto",
 ) -> Tensor:
     """RoIAlign on a feature pyramid: each RoI is pooled from one level.
 
     Args:
         features: L maps [N, C, Hl, Wl], finest first.
-        boxes, output_size, sampling_ratio, aligned: as in `roi_align`.
+        boxes, output_size, sampling_ratio, aligned, interpolation, sampling: as in `roi_align`.
         spatial_scales: cells per pixel of each level, a power of two, for example (1/4, 1/8, 1/16, 1/32).
         levels: level 0 .. L - 1 of each RoI, int64 [R]; by default from its area by equation 1 of the FPN paper,
             floor(`canonical_level` + log2(sqrt(area) / `canonical_scale`)), as torchvision's `MultiScaleRoIAlign`.
+            A RoI of another level pools to zeros.
 
     Returns:
         [R, C, height, width] in the dtype of the features.
@@ -157,15 +195,28 @@ def multilevel_roi_align(
         raise ValueError(f"spatial_scales: {len(spatial_scales)} given for {len(features)} feature maps")
     for i, feature in enumerate(features):
         _check(f"features[{i}]", feature, None, None, None, None)
-        _check(f"features[{i}]", feature, *features[0].shape[:2], None, None)
+        _check(f"features[{i}]", feature, *features[0].shape[:2], None, None, dtype=features[0].dtype)
     rois = _rois(boxes)
+    if levels is not None:
+        _check("levels", levels, len(rois), dtype=torch.int64)
+    size = _pair(output_size, "output_size")
+    name, run = _choose_roi_align("multilevel_roi_align", impl, features[0], interpolation, sampling)
+    if name == "triton":
+        sampler = (interpolation, sampling, canonical_scale, canonical_level)
+        return run(features, rois, levels, size, spatial_scales, sampling_ratio, aligned, *sampler)
     if levels is None:
         finest = round(-math.log2(spatial_scales[0]))
         levels = reference_roi_align.assign_levels(rois[:, 1:], len(features), finest, canonical_scale, canonical_level)
-    _check("levels", levels, len(rois), dtype=torch.int64)
-    run = _choose("multilevel_roi_align", impl, "torchvision")
-    size = _pair(output_size, "output_size")
-    return run(features, rois, levels, size, spatial_scales, sampling_ratio, aligned)
+    return run(
+        features,
+        rois,
+        levels,
+        size,
+        spatial_scales,
+        sampling_ratio,
+        aligned,
+        *(() if name == "torchvision" else (interpolation, sampling)),
+    )
 
 
 class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):

@@ -1,0 +1,242 @@
+"""Compile every kernel ahead of time for the GPUs we care about, without one, and report what became of it.
+
+    python benchmarks/compile_report.py [--targets sm_90,gfx942] [--only roi_align] [--json out.json]
+
+Each case calls a launcher on fake tensors and records the launches, so what is compiled is exactly what would run.  The
+table gives registers per thread, spilled bytes per thread (stack), shared memory, the widest global load and store that
+the assembly holds, and how many blocks fit on one multiprocessor.  Exit status 1 if anything fails to compile, spills,
+or reads 16-bit features of C a multiple of 8 by less than 128 bits at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime import jit
+
+from fastmrcnn_kernels.sampler import Sampler
+from fastmrcnn_kernels.triton.roi_align import roi_align_forward
+from fastmrcnn_kernels.triton.roi_align_backward import roi_align_backward
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+REGISTERS_PER_SM, THREADS_PER_SM, BLOCKS_PER_SM = 65536, 2048, 32
+SHARED_PER_SM = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942": 64 << 10}
+
+
+SHAPES = [(200, 334), (100, 167), (50, 84), (25, 42)]
+SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
+BOUNDS = (112.0, 224.0, 448.0)
+
+
+def roi_align(
+    dtype: torch.dtype,
+    bins: int,
+    *,
+    channels: int = 256,
+    ratio: int = 2,
+    bicubic: bool = False,
+    corner: bool = False,
+) -> None:
+    """Forward and backward on the pyramid of an 800 x 1333 image."""
+    features = [torch.empty(2, channels, *shape, dtype=dtype) for shape in SHAPES]
+    rois = torch.empty(100, 5)
+    semantics = (SCALES, Sampler(ratio, False, bicubic, corner), BOUNDS)
+    pooled = roi_align_forward(features, rois, None, (bins, bins), *semantics)
+    heights, widths = zip(*SHAPES, strict=True)
+    roi_align_backward(pooled, rois, None, 2, heights, widths, *semantics)
+
+
+def _cases() -> dict[str, Callable[[], None]]:
+    cases: dict[str, Callable[[], None]] = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        name = f"roi_align {str(dtype).removeprefix('torch.')}"
+        for bins in (7, 14):
+            cases[f"{name} {bins}x{bins}"] = lambda d=dtype, b=bins: roi_align(d, b)
+        cases[f"{name} 7x7 adaptive"] = lambda d=dtype: roi_align(d, 7, ratio=0)
+        cases[f"{name} 7x7 bicubic"] = lambda d=dtype: roi_align(d, 7, bicubic=True)
+        cases[f"{name} 7x7 corner"] = lambda d=dtype: roi_align(d, 7, corner=True)
+        cases[f"{name} 7x7 C=100"] = lambda d=dtype: roi_align(d, 7, channels=100)
+    return cases
+
+
+CASES = _cases()
+
+
+@dataclass(frozen=True)
+class Report:
+    """One kernel of one case on one target."""
+
+    case: str
+    kernel: str
+    target: str
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    load_bits: int = 0
+    store_bits: int = 0
+    blocks: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher asked for: a kernel and its arguments, tensors replaced by their dtypes."""
+
+    kernel: jit.JITFunction
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def record(call: Callable[[], object]) -> list[Launch]:
+    """The launches of `call`, which runs on fake CUDA tensors."""
+    launches = []
+
+    def run(kernel: jit.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(Launch(kernel, tuple(map(without_data, args)), kwargs))
+
+    original, jit.JITFunction.run = jit.JITFunction.run, run
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+            call()
+    finally:
+        jit.JITFunction.run = original
+    return launches
+
+
+def without_data(value: Any) -> Any:
+    """An argument as the compiler sees it: a tensor is its dtype and an aligned address."""
+    if isinstance(value, tuple):
+        return tuple(map(without_data, value))
+    return jit.MockTensor(value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+def compiled(launch: Launch, target: GPUTarget) -> Any:
+    """The kernel of `launch`, compiled for `target` with the specialisation that a real launch would have."""
+    kernel, backend = launch.kernel, make_backend(target)
+    binder = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
+    kwargs = {"debug": False, **launch.kwargs}
+    bound, specialization, options = binder(*launch.args, **kwargs)
+    options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def report(case: str, target: str) -> list[Report]:
+    """All kernels of a case on one target."""
+    reports = []
+    for launch in record(CASES[case]):
+        name = launch.kernel.__name__
+        try:
+            binary = compiled(launch, TARGETS[target])
+        except Exception as error:
+            reports.append(Report(case, name, target, problem=f"{type(error).__name__}: {error}".splitlines()[0]))
+            continue
+        found = measure_amd(binary) if target.startswith("gfx") else measure_nvidia(binary)
+        threads = binary.metadata.num_warps * (64 if target.startswith("gfx") else 32)
+        shared = binary.metadata.shared
+        limits = [BLOCKS_PER_SM, THREADS_PER_SM // threads, SHARED_PER_SM[target] // max(shared + 1024, 1)]
+        registers_per_sm = REGISTERS_PER_SM * (2 if target.startswith("gfx") else 1)
+        limits.append(registers_per_sm // (-(-max(found["registers"], 1) // 8) * 8 * threads))
+        problem = f"spills {found['spilled']} bytes" if found["spilled"] else ""
+        if "fwd" in name and "float16" in case and "C=" not in case and found["load_bits"] < 128:
+            problem += f"reads features by {found['load_bits']} bits"
+        reports.append(Report(case, name, target, shared=shared, blocks=min(limits), problem=problem, **found))
+    return reports
+
+
+def measure_nvidia(binary: Any) -> dict[str, int]:
+    """Resources and widths of memory accesses, from the binary and its disassembly."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        assembly = tool("nvdisasm", file.name)
+    return {
+        "registers": int(re.findall(r"REG:(\d+)", usage)[-1]),
+        "spilled": int(re.findall(r"STACK:(\d+)", usage)[-1]),
+        "load_bits": widest(re.findall(r"\bLDG(?:STS)?\.E([.\w]*)", assembly)),
+        "store_bits": widest(re.findall(r"\bSTG\.E([.\w]*)", assembly)),
+    }
+
+
+def widest(suffixes: list[str]) -> int:
+    """Bits of the widest access, by the suffixes of its instruction: .128, .64, .U16, .U8; none is 32."""
+    sizes = [int((re.findall(r"\.(?:BYPASS\.)?[US]?(128|64|16|8)\b", suffix) or ["32"])[0]) for suffix in suffixes]
+    return max(sizes, default=0)
+
+
+def measure_amd(binary: Any) -> dict[str, int]:
+    """The same, from AMD's assembly listing."""
+    assembly = binary.asm["amdgcn"]
+    widths = {"load": 0, "store": 0}
+    for kind, size in re.findall(
+        r"\b(?:global|buffer)_(load|store)_(dwordx\d|dword|b\d+|[us]?short|[us]?byte)", assembly
+    ):
+        bits = 32 * int(size[6:] or 1) if size.startswith("dword") else 16 if "short" in size else 8
+        widths[kind] = max(widths[kind], bits)
+    return {
+        "registers": int(re.findall(r"\.vgpr_count:\s+(\d+)", assembly)[-1]),
+        "spilled": int(re.findall(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[-1]),
+        "load_bits": widths["load"],
+        "store_bits": widths["store"],
+    }
+
+
+def tool(name: str, *arguments: str) -> str:
+    """Output of one of the binary utilities that come with Triton."""
+    path = getattr(triton.knobs.nvidia, name).path
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def reports(cases: list[str], targets: list[str]) -> Iterator[Report]:
+    """All of them, in processes side by side, as they come."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(report, [c for c in cases for _ in targets], targets * len(cases)):
+            yield from found
+
+
+def main() -> None:
+    """Print the table; see the text of this module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated: " + ", ".join(TARGETS))
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the rows there, too")
+    arguments = parser.parse_args()
+    cases = [name for name in CASES if arguments.only in name]
+    rows = []
+    print(f"{'case':44} {'kernel':24} {'target':7} {'regs':>4} {'spill':>5} {'shared':>6} load store blocks/SM")
+    for row in reports(cases, arguments.targets.split(",")):
+        rows.append(row)
+        print(
+            f"{row.case:44} {row.kernel:24} {row.target:7} {row.registers:4} {row.spilled:5} {row.shared:6} "
+            f"{row.load_bits:4} {row.store_bits:5} {row.blocks:6}  {row.problem}",
+            flush=True,
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    sys.exit(any(row.problem for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""What the launchers of all kernels share."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Kernels imported under TRITON_INTERPRET=1 run on CPU tensors, slowly, for tests."""
+
+LINE = 128
+"""Bytes of a cache line: what a program reads of a cell, or writes to it, at a time."""
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of `tensor` the one that kernels are launched on; ValueError if it cannot run them."""
+    if tensor.is_cuda:
+        elsewhere = torch.cuda.is_initialized() and tensor.get_device() != torch.cuda.current_device()
+        return torch.cuda.device_of(tensor) if elsewhere else nullcontext()
+    if INTERPRETED.value and tensor.device.type == "cpu":
+        return nullcontext()
+    raise ValueError(
+        f"impl='triton': tensors are on {tensor.device.type!r}, kernels need a CUDA or ROCm device "
+        "(or TRITON_INTERPRET=1 in the environment, to run them slowly on a CPU)"
+    )

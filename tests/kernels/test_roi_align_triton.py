@@ -1,0 +1,442 @@
+"""The RoIAlign kernels against the reference: compiled where there is a GPU, under Triton's interpreter elsewhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import boxes, features, rois
+from tolerances import assert_within_budget
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastmrcnn import ops
+from fastmrcnn_kernels import library
+from fastmrcnn_kernels.reference.roi_align import assign_levels, level_bounds
+from fastmrcnn_kernels.sampler import Sampler
+from fastmrcnn_kernels.triton import roi_align_backward
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, in the interpreter, of NaN boxes
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXAMPLES, MOST_ROIS = (200, 12) if torch.cuda.is_available() else (6, 4)  # the interpreter takes 50 ms per program
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SAMPLERS: list[dict[str, Any]] = [
+    {"sampling_ratio": 2},
+    {"sampling_ratio": 2, "aligned": True},
+    {"sampling_ratio": 3, "aligned": True},
+    {"sampling_ratio": 0},
+    {"sampling_ratio": -1, "aligned": True},
+    {"sampling_ratio": 1, "interpolation": "bicubic"},
+    {"sampling_ratio": 0, "interpolation": "bicubic", "aligned": True},
+    {"sampling": "corner"},
+    {"sampling": "corner", "interpolation": "bicubic", "aligned": True},
+]
+
+
+def pooled_and_gradients(
+    maps: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Tensor], weight: Tensor | None = None
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """What `run` makes of `maps`, the gradients of its sum weighted by `weight`, and that (by default random)."""
+    leaves = [x.detach().requires_grad_() for x in maps]
+    pooled = run(leaves)
+    if weight is None:
+        weight = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(0)).to(pooled.device)
+    weight = weight.to(pooled.dtype)
+    return pooled.detach(), list(torch.autograd.grad(pooled, leaves, weight)), weight
+
+
+def assert_kernel_keeps_to_the_budget(maps: Sequence[Tensor], run: Callable[..., Tensor]) -> None:
+    """Forward and backward: as near to float64 as the reference in the same dtype."""
+    maps = [x.to(DEVICE) for x in maps]
+    found, found_gradients, weight = pooled_and_gradients(maps, lambda x: run(x, impl="triton"))
+    expected, gradients, _ = pooled_and_gradients(maps, lambda x: run(x, impl="reference"), weight)
+    doubles = [x.double() for x in maps]
+    exact, exact_gradients, _ = pooled_and_gradients(doubles, lambda x: run(x, impl="reference"), weight)
+    assert_within_budget(found, expected, exact)
+    for one, other, oracle in zip(found_gradients, gradients, exact_gradients, strict=True):
+        assert_within_budget(one, other, oracle)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+@settings(max_examples=EXAMPLES)
+@given(data=st.data(), dtype=st.sampled_from(DTYPES), scale=st.sampled_from([1.0, 0.25, 0.3]))
+def test_one_level(sampler: dict[str, Any], data: st.DataObject, dtype: torch.dtype, scale: float) -> None:
+    maps = data.draw(features(dtype))
+    slow = sampler.get("sampling_ratio", 2) <= 0 and DEVICE == "cpu"  # visits every sample on the map, one by one
+    found = data.draw(rois(len(maps), limit=100.0 if slow else torch.inf))[:MOST_ROIS].to(DEVICE)
+    size = data.draw(st.sampled_from([(1, 1), (2, 3), (7, 7), (5, 2)]))
+    assert_kernel_keeps_to_the_budget(
+        [maps], lambda x, impl: ops.roi_align(x[0], found, size, scale, **sampler, impl=impl)
+    )
+
+
+def pyramid(levels: int, dtype: torch.dtype, *, channels: int = 3, height: int = 24, width: int = 37) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(levels)
+    shapes = [(max(height >> i, 1), max(width >> i, 1)) for i in range(levels)]
+    return [torch.randn(2, channels, *shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 4, 5, 6])
+@settings(max_examples=max(EXAMPLES // 4, 3))
+@given(data=st.data(), dtype=st.sampled_from(DTYPES), given_levels=st.booleans())
+def test_pyramid(levels: int, data: st.DataObject, dtype: torch.dtype, given_levels: bool) -> None:
+    """Levels by area (of about 96 pixels, so that all are used) or given, out of range ones among them."""
+    found = data.draw(boxes(extent=140.0))[:MOST_ROIS]
+    index = torch.arange(len(found))[:, None] % 3 - 1.0
+    one_per_roi = torch.arange(len(found)) % (levels + 1) if given_levels else None
+    arguments = {
+        "boxes": torch.cat((index, found), dim=1).to(DEVICE),
+        "output_size": (3, 2),
+        "spatial_scales": [2.0 ** -(i + 2) for i in range(levels)],
+        "canonical_scale": 40,
+        "levels": None if one_per_roi is None else one_per_roi.to(DEVICE),
+    }
+    maps = pyramid(levels, dtype)
+    assert_kernel_keeps_to_the_budget(maps, lambda x, impl: ops.multilevel_roi_align(x, **arguments, impl=impl))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 100, 256, 257])
+def test_channels(channels: int) -> None:
+    maps = pyramid(2, torch.bfloat16, channels=channels, height=6, width=9)
+    found = torch.tensor([[0, 1.0, 2, 20, 17], [1, -5, 3, 30, 40]], device=DEVICE)
+    arguments = (found, 3, (0.25, 0.125))
+    assert_kernel_keeps_to_the_budget(
+        maps, lambda x, impl: ops.multilevel_roi_align(x, *arguments, canonical_scale=40, impl=impl)
+    )
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (8, 8)])
+def test_extreme_rois(sampler: dict[str, Any], shape: tuple[int, int]) -> None:
+    """The whole map and more, points, coordinates of 40,000 pixels, and maps of one cell."""
+    maps = torch.randn(1, 2, *shape, generator=torch.Generator().manual_seed(0))
+    height, width = shape
+    found = [
+        [0, 0, 0, width, height],
+        [0, -0.5, -0.5, width - 0.5, height - 0.5],
+        [0, -20_000, -20_000, 20_000, 20_000],
+        [0, 0, 0, 40_000, 40_000],
+        [0, 39_990, 39_990, 40_000, 40_000],
+        [0, 0.5, 0.5, 0.5, 0.5],
+        [0, 3e38, -3e38, -3e38, 3e38],
+    ]
+    tensor = torch.tensor(found, device=DEVICE)
+    assert_kernel_keeps_to_the_budget([maps], lambda x, impl: ops.roi_align(x[0], tensor, 3, **sampler, impl=impl))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_padding_and_boxes_that_are_not_finite_give_zeros(sampler: dict[str, Any]) -> None:
+    nan, inf = torch.nan, torch.inf
+    absent = torch.tensor(
+        [
+            [-1, 1, 1, 6, 6],
+            [0, nan, 1, 6, 6],
+            [0, nan, nan, nan, nan],
+            [2, 1, 1, 6, 6],
+            [0, 1, 1, inf, 6],
+            [0, -inf, 1, 6, 6],
+            [-1, nan, inf, 0, 0],
+            [nan, 1, 1, 6, 6],
+        ]
+    )
+    maps = torch.randn(2, 3, 8, 8, device=DEVICE).requires_grad_()
+    pooled = ops.roi_align(maps, absent.to(DEVICE), 3, **sampler, impl="triton")
+    assert (pooled == 0).all()
+    (gradient,) = torch.autograd.grad(pooled.sum(), maps)
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_cells_without_weight_are_not_read(sampler: dict[str, Any]) -> None:
+    maps = torch.full((1, 2, 20, 20), torch.nan, device=DEVICE)
+    maps[..., 3:13, 3:13] = 1.0
+    inside = torch.tensor([[0, 6.0, 6, 10, 10]], device=DEVICE)
+    pooled = ops.roi_align(maps, inside, 3, **sampler, impl="triton")
+    torch.testing.assert_close(pooled, torch.ones_like(pooled))
+
+
+def test_no_rois_and_no_images() -> None:
+    maps = [
+        torch.rand(2, 3, 4, 4, device=DEVICE).requires_grad_(),
+        torch.rand(2, 3, 2, 2, device=DEVICE).requires_grad_(),
+    ]
+    pooled = ops.multilevel_roi_align(maps, torch.zeros(0, 5, device=DEVICE), (2, 3), (0.5, 0.25), impl="triton")
+    assert pooled.shape == (0, 3, 2, 3)
+    for gradient in torch.autograd.grad(pooled.sum(), maps):
+        assert (gradient == 0).all()
+    nothing = torch.rand(0, 3, 4, 4, device=DEVICE)
+    assert ops.roi_align(nothing, torch.zeros(1, 5, device=DEVICE), 2, impl="triton").eq(0).all()
+
+
+@pytest.mark.parametrize("area", [112.0**2, 224.0**2, 448.0**2])
+def test_levels_at_the_edges(area: float) -> None:
+    """Bit-equal to the reference where the level changes, and some units in the last place to either side."""
+    sides = [torch.tensor(area).sqrt()]
+    for _ in range(10 if DEVICE == "cpu" else 300):
+        sides.append(torch.nextafter(sides[-1], torch.tensor(0.0)))
+    sides += [torch.nextafter(sides[0], torch.tensor(torch.inf))]
+    side = torch.stack(sides)
+    # The bounds lie some ulps below the powers of two: +1e-6 in the formula.
+    bound = torch.tensor(min(level_bounds(4, 2, 224, 4), key=lambda x: abs(x - area**0.5)))
+    side = torch.cat((side, torch.stack([torch.nextafter(bound, torch.tensor(0.0)), bound])))
+    found = torch.stack((0 * side, 0 * side, side, side), dim=1)
+    expected = assign_levels(found, 4, 2, 224, 4)
+    assert len(expected.unique()) == 2
+    maps = [torch.full((1, 1, 1, 1), float(i), device=DEVICE) for i in range(4)]
+    # One cell whose value is the level, and a scale that leaves any box on it.
+    rois = torch.cat((torch.zeros(len(found), 1), found), dim=1).to(DEVICE)
+    scales = [2.0 ** -(i + 2) for i in range(4)]
+    everywhere = [x.expand(1, 1, 500, 500).contiguous() for x in maps] if DEVICE == "cuda" else maps
+    if DEVICE == "cuda":
+        pooled = ops.multilevel_roi_align(everywhere, rois, 1, scales, 1, impl="triton")
+        assert torch.equal(pooled.flatten().cpu(), expected.float())
+    else:
+        wide = [torch.full((1, 1, 160, 160), float(i)) for i in range(4)]
+        pooled = ops.multilevel_roi_align(wide, rois, 1, scales, 1, impl="triton")
+        assert torch.equal(pooled.flatten(), expected.float())
+
+
+def test_level_bounds_are_the_edges_of_the_reference() -> None:
+    for bounds, arguments in (
+        (level_bounds(6, 2, 224, 4), (6, 2, 224, 4)),
+        (level_bounds(3, 3, 37.5, 5), (3, 3, 37.5, 5)),
+    ):
+        assert all(a < b for a, b in pairwise(bounds))
+        at = torch.tensor(bounds)
+        below = torch.nextafter(at, torch.tensor(0.0))
+        for size, offset in ((at, 1), (below, 0)):
+            square = torch.stack((0 * size, 0 * size, size, size), dim=1)
+            assert assign_levels(square, *arguments).tolist() == [i + offset for i in range(len(bounds))]
+    assert level_bounds(1, 2, 224, 4) == ()
+
+
+def test_deterministic() -> None:
+    """Crowded: the gradient of a cell adds up many RoIs."""
+    generator = torch.Generator().manual_seed(0)
+    count = 2_000 if DEVICE == "cuda" else 40
+    start = torch.rand(count, 2, generator=generator) * 20
+    found = torch.cat((torch.zeros(count, 1), start, start + 4 + torch.rand(count, 2, generator=generator) * 8), dim=1)
+    found = found.to(DEVICE)
+    maps = [torch.randn(1, 2, 12, 14, generator=generator).to(DEVICE)]
+    _, first, weight = pooled_and_gradients(maps, lambda x: ops.roi_align(x[0], found, 2, 0.5, 2, impl="triton"))
+    _, second, _ = pooled_and_gradients(maps, lambda x: ops.roi_align(x[0], found, 2, 0.5, 2, impl="triton"), weight)
+    assert torch.equal(first[0], second[0])
+    exact = pooled_and_gradients(
+        [maps[0].double()], lambda x: ops.roi_align(x[0], found, 2, 0.5, 2, impl="reference"), weight
+    )[1][0]
+    torch.testing.assert_close(first[0].double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [31, 33, 1025])
+def test_rois_beyond_a_word_and_a_group(count: int) -> None:
+    """RoIs are found by bits, in words of 32 and groups of 1,024: only the last one has a gradient here."""
+    found = torch.zeros(count, 5)
+    found[:, 0] = -1
+    found[-1] = torch.tensor([0, 1.0, 1, 5, 5])
+    maps = torch.randn(1, 2, 6, 6).requires_grad_()
+    pooled = torch.ops.fastmrcnn.multilevel_roi_align_backward(
+        torch.ones(count, 2, 2, 2, device=DEVICE),
+        found.to(DEVICE),
+        None,
+        1,
+        [6],
+        [6],
+        [1.0],
+        2,
+        False,
+        "bilinear",
+        "average",
+        224.0,
+        4,
+    )
+    (expected,) = torch.autograd.grad(ops.roi_align(maps, found[-1:], 2, 1.0, 2, impl="reference").sum(), maps)
+    torch.testing.assert_close(pooled[0].cpu(), expected)
+
+
+def test_memory_layouts() -> None:
+    maps = torch.randn(2, 5, 9, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    found = torch.tensor([[0, 1.0, 1, 4, 5], [1, -2, 3, 9, 9]], device=DEVICE)
+    expected = ops.roi_align(maps, found, 3, impl="triton")
+    assert expected.is_contiguous(memory_format=torch.channels_last)
+    for view in (
+        maps.contiguous(memory_format=torch.channels_last),
+        maps.mT.contiguous().mT,
+        maps.repeat(1, 2, 1, 1)[:, :5],
+    ):
+        assert torch.equal(ops.roi_align(view, found, 3, impl="triton"), expected)
+    strided = found.repeat_interleave(2, dim=1)[:, ::2]
+    assert torch.equal(ops.roi_align(maps, strided, 3, impl="triton"), expected)
+    assert torch.equal(ops.roi_align(maps, found.double(), 3, impl="triton"), expected)
+
+
+def test_offsets_beyond_31_bits() -> None:
+    """Features of 2^31 elements and more: only the cells that are read are ever touched."""
+    side = 11_600
+    maps = torch.empty(2, 8, side, side, dtype=torch.float16, device=DEVICE, memory_format=torch.channels_last)
+    assert maps.numel() > 2**31
+    maps[1, :, -12:, -12:] = torch.arange(12.0).to(DEVICE)  # by column
+    found = torch.tensor([[1, side - 9.0, side - 9, side - 3, side - 3]], device=DEVICE)
+    pooled = ops.roi_align(maps, found, 2, 1.0, 2, impl="triton")
+    expected = torch.tensor([4.5, 7.5], device=DEVICE).expand(1, 8, 2, 2)
+    assert torch.equal(pooled.float(), expected)
+
+
+def test_backward_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside gradients in and out less than 2 MB, for 1,024 RoIs on the pyramid of two images of 800 x 1333."""
+
+    class Allocations(TorchDispatchMode):
+        sizes: list[int]
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if "empty" in function.name():
+                self.sizes.append(result.nbytes)
+            return result
+
+    class Nothing:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(roi_align_backward, "_find_rois_kernel", Nothing())
+    monkeypatch.setattr(roi_align_backward, "_roi_align_bwd_kernel", Nothing())
+    heights, widths = zip((200, 334), (100, 167), (50, 84), (25, 42), strict=True)
+    pooled = torch.empty(1024, 256, 7, 7, dtype=torch.float16, device=DEVICE, memory_format=torch.channels_last)
+    rois, scales = torch.zeros(1024, 5, device=DEVICE), (1 / 4, 1 / 8, 1 / 16, 1 / 32)
+    with Allocations() as mode:
+        mode.sizes = []
+        gradients = roi_align_backward.roi_align_backward(
+            pooled, rois, None, 2, heights, widths, scales, Sampler(2, False), (112.0, 224.0, 448.0)
+        )
+    outputs = sum(gradient.nbytes for gradient in gradients)
+    assert 0 < sum(mode.sizes) - outputs < 2 * 2**20
+
+
+# As PyTorch operators.
+
+
+def small_call(dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    maps = [x.to(DEVICE).requires_grad_() for x in pyramid(2, dtype, height=6, width=9)]
+    found = torch.tensor([[0, 1.0, 2, 20, 17], [-1, 0, 0, 0, 0]], device=DEVICE)
+    return maps, found, None, [2, 3], [0.25, 0.125], 2, False, "bilinear", "average", 40.0, 4
+
+
+def test_opcheck_forward() -> None:
+    torch.library.opcheck(torch.ops.fastmrcnn.multilevel_roi_align.default, small_call())
+    maps, found, _, *rest = small_call()
+    levels = torch.tensor([1, 0], device=DEVICE)
+    torch.library.opcheck(torch.ops.fastmrcnn.multilevel_roi_align.default, (maps, found, levels, *rest))
+
+
+def test_opcheck_backward() -> None:
+    maps, found, levels, size, *semantics = small_call()
+    pooled = torch.randn(2, 3, *size, device=DEVICE)
+    arguments = (pooled, found, levels, 2, [x.shape[2] for x in maps], [x.shape[3] for x in maps], *semantics)
+    torch.library.opcheck(torch.ops.fastmrcnn.multilevel_roi_align_backward.default, arguments)
+
+
+def pool(maps: list[Tensor], found: Tensor) -> Tensor:
+    return ops.multilevel_roi_align(maps, found, (2, 3), (0.25, 0.125), canonical_scale=40, impl="triton").relu()
+
+
+def test_compile_without_graph_breaks() -> None:
+    maps, found, *_ = small_call()
+    expected = pool(maps, found)
+    expected_gradients = torch.autograd.grad(expected.sum(), maps)
+    compiled = torch.compile(pool, fullgraph=True, backend="aot_eager")
+    pooled = compiled(maps, found)
+    assert torch.equal(pooled, expected)
+    for a, b in zip(torch.autograd.grad(pooled.sum(), maps), expected_gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_export() -> None:
+    class Pool(torch.nn.Module):
+        def forward(self, maps: list[Tensor], found: Tensor) -> Tensor:
+            return pool(maps, found)
+
+    maps, found, *_ = small_call()
+    maps = [x.detach() for x in maps]
+    program = torch.export.export(Pool(), (maps, found))
+    assert torch.equal(program.module()(maps, found), pool(maps, found))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autocast_leaves_dtypes_alone(dtype: torch.dtype) -> None:
+    maps, found, *_ = small_call(dtype)
+    expected = pool(maps, found)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        pooled = pool(maps, found)
+    assert pooled.dtype == dtype
+    assert torch.equal(pooled, expected)
+    assert all(gradient.dtype == dtype for gradient in torch.autograd.grad(pooled.sum(), maps))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: CUDA graphs")
+def test_cuda_graph() -> None:
+    maps, found, *_ = small_call()
+    maps = [x.detach() for x in maps]
+    pool(maps, found)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pooled = pool(maps, found)
+    maps[0].mul_(2)
+    graph.replay()
+    assert torch.equal(pooled, pool(maps, found))
+
+
+def test_fastmrcnn_imports_without_triton() -> None:
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import fastmrcnn, torch\n"
+        "from fastmrcnn import ops\n"
+        "assert not any(name.startswith('fastmrcnn_kernels.triton') for name in sys.modules)\n"
+        "print(ops.roi_align(torch.ones(1, 1, 4, 4), torch.tensor([[0, 1.0, 1, 3, 3]]), 1).item())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["1.0"]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs a machine whose kernels are interpreted or absent")
+def test_a_cpu_without_the_interpreter_is_an_error() -> None:
+    script = (
+        "import torch\nfrom fastmrcnn import ops\n"
+        "ops.roi_align(torch.ones(1, 1, 4, 4), torch.tensor([[0, 1.0, 1, 3, 3]]), 1, impl='triton')\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+    )
+    assert "ValueError: impl='triton': tensors are on 'cpu', kernels need a CUDA or ROCm device" in run.stderr
+
+
+def test_kernels_compile_ahead_of_time() -> None:
+    """A subset of the matrix that `benchmarks/compile_report.py` covers, in a process that does not interpret."""
+    script = Path(__file__).parents[2] / "benchmarks" / "compile_report.py"
+    command = [sys.executable, script, "--targets", "sm_90", "--only", "bfloat16 14x14"]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = [line for line in run.stdout.splitlines() if "sm_90" in line]
+    assert len(rows) == 3
+    forward = next(row for row in rows if "_roi_align_fwd_kernel" in row)
+    assert forward.split()[8:10] == ["128", "128"]  # bits of the widest load and store
+
+
+def test_library_functions_have_the_defaults_of_the_public_ones() -> None:
+    maps, found, *_ = small_call()
+    one = library.roi_align(maps[0], found, (2, 2), 0.25, 2, False)
+    assert torch.equal(one, ops.roi_align(maps[0], found, 2, 0.25, 2, impl="triton"))
