@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from strategies import boxes, features, ordered, rois
 from tolerances import assert_exact_arithmetic, assert_within_budget
 from torch import Tensor
+from torch.nn import functional
 from torchvision.ops.poolers import LevelMapper
 
 from fastmrcnn import ops
@@ -296,3 +298,76 @@ def test_canonical_scale_and_level_are_options() -> None:
     assert_exact_arithmetic(pooled, expected)
     usual = ops.MultiScaleRoIAlign(list(maps), 3, 2)(maps, found, [(256, 320)] * 2)
     assert not torch.allclose(pooled, usual)
+
+
+def sampled_by_grid_sample(maps: Tensor, roi: list[float], bins: int, ratio: int) -> Tensor:
+    """Bins [C, bins, bins] of a RoI, by PyTorch's own bicubic interpolation of samples that lie on the map."""
+    height, width = maps.shape[-2:]
+    left, top, right, bottom = roi
+    along = (torch.arange(bins * ratio, dtype=torch.float64) + 0.5) / (bins * ratio)
+    x = (left + along * (right - left)).clamp(0, width - 1)
+    y = (top + along * (bottom - top)).clamp(0, height - 1)
+    grid = torch.stack(torch.meshgrid(x / (width - 1) * 2 - 1, y / (height - 1) * 2 - 1, indexing="xy"), dim=-1)
+    samples = functional.grid_sample(maps, grid[None], mode="bicubic", padding_mode="border", align_corners=True)
+    return functional.avg_pool2d(samples, ratio)[0]
+
+
+@pytest.mark.parametrize("roi", [[3.0, 2.0, 9.0, 8.5], [-0.9, -0.5, 4.0, 6.0], [5.0, 3.0, 12.5, 10.9]])
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+def test_bicubic_against_grid_sample(roi: list[float], ratio: int) -> None:
+    maps = torch.randn(1, 3, 11, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rois = torch.tensor([[0, *roi]], dtype=torch.float64)
+    found = ops.roi_align(maps, rois, 3, 1.0, ratio, interpolation="bicubic", impl="reference")[0]
+    assert_exact_arithmetic(found, sampled_by_grid_sample(maps, roi, 3, ratio), scale=10)
+
+
+def test_adaptive_bicubic_is_bicubic_of_as_many_samples() -> None:
+    maps = torch.randn(1, 2, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rois = torch.tensor([[0, 0.3, 0.2, 7.9, 7.5]], dtype=torch.float64)  # bins of 2.5 cells: three samples each
+    adaptive = ops.roi_align(maps, rois, 3, 1.0, 0, interpolation="bicubic", impl="reference")
+    fixed = ops.roi_align(maps, rois, 3, 1.0, 3, interpolation="bicubic", impl="reference")
+    assert_exact_arithmetic(adaptive, fixed, scale=10)
+
+
+def crop_and_resize_by_hand(image: list[list[float]], box: list[float], rows: int, columns: int) -> list[list[float]]:
+    """TensorFlow's operation for one box (x1, y1, x2, y2) in cells: bilinear, 0 outside the image."""
+    height, width = len(image), len(image[0])
+    x1, y1, x2, y2 = box
+    result = []
+    for i in range(rows):
+        y = y1 + i * (y2 - y1) / (rows - 1) if rows > 1 else (y1 + y2) / 2
+        result.append([])
+        for j in range(columns):
+            x = x1 + j * (x2 - x1) / (columns - 1) if columns > 1 else (x1 + x2) / 2
+            if not (0 <= y <= height - 1 and 0 <= x <= width - 1):
+                result[-1].append(0.0)
+                continue
+            low_y, low_x = math.floor(y), math.floor(x)
+            high_y, high_x = math.ceil(y), math.ceil(x)
+            top = image[low_y][low_x] + (image[low_y][high_x] - image[low_y][low_x]) * (x - low_x)
+            bottom = image[high_y][low_x] + (image[high_y][high_x] - image[high_y][low_x]) * (x - low_x)
+            result[-1].append(top + (bottom - top) * (y - low_y))
+    return result
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 3), (7, 4), (1, 5)])
+@pytest.mark.parametrize(
+    "box",
+    [[1.0, 2.0, 4.5, 5.5], [0.0, 0.0, 6.0, 4.0], [-2.0, 1.0, 9.0, 2.0], [5.0, 4.0, 1.0, 0.5], [2.0, 2.0, 2.0, 2.0]],
+)
+def test_corner_sampling_is_crop_and_resize(box: list[float], rows: int, columns: int) -> None:
+    image = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rois = torch.tensor([[0, *box]], dtype=torch.float64)
+    found = ops.roi_align(image[None, None], rois, (rows, columns), sampling="corner", impl="reference")[0, 0]
+    expected = torch.tensor(crop_and_resize_by_hand(image.tolist(), box, rows, columns), dtype=torch.float64)
+    assert_exact_arithmetic(found, expected, scale=10)
+
+
+@pytest.mark.parametrize("sampler", [{"interpolation": "bicubic"}, {"sampling": "corner"}])
+def test_gradcheck_of_other_samplers(sampler: dict[str, Any]) -> None:
+    maps = torch.randn(1, 1, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rois = torch.tensor([[0, 0.5, 1, 5, 4.2]], dtype=torch.float64)
+    for ratio in (2, 0):
+        assert torch.autograd.gradcheck(
+            lambda x, r=ratio: ops.roi_align(x, rois, 3, 1.0, r, **sampler, impl="reference"), maps
+        )
