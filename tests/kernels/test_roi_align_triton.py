@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from strategies import boxes, features, rois
 from tolerances import assert_within_budget
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, in t
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXAMPLES, MOST_ROIS = (200, 12) if torch.cuda.is_available() else (6, 4)  # the interpreter takes 50 ms per program
+PHASES = tuple(Phase) if torch.cuda.is_available() else (Phase.explicit, Phase.generate)  # shrinking takes minutes
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SAMPLERS: list[dict[str, Any]] = [
     {"sampling_ratio": 2},
@@ -68,7 +69,7 @@ def assert_kernel_keeps_to_the_budget(maps: Sequence[Tensor], run: Callable[...,
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES, phases=PHASES)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), scale=st.sampled_from([1.0, 0.25, 0.3]))
 def test_one_level(sampler: dict[str, Any], data: st.DataObject, dtype: torch.dtype, scale: float) -> None:
     maps = data.draw(features(dtype))
@@ -87,7 +88,7 @@ def pyramid(levels: int, dtype: torch.dtype, *, channels: int = 3, height: int =
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 5, 6])
-@settings(max_examples=max(EXAMPLES // 4, 3))
+@settings(max_examples=max(EXAMPLES // 4, 3), phases=PHASES)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), given_levels=st.booleans())
 def test_pyramid(levels: int, data: st.DataObject, dtype: torch.dtype, given_levels: bool) -> None:
     """Levels by area (of about 96 pixels, so that all are used) or given, out of range ones among them."""
