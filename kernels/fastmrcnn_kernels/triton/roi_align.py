@@ -131,7 +131,8 @@ def _roi_align_fwd_kernel(
                     row = on_map(cell_y, tall)
                     column = on_map(cell_x, wide)
                     total = _add_cell(total, map_ptr, row, column, weight, inside, width, channels, C)
-    total = total * tl.div_rn(1.0, tl.maximum(count_y, 1.0) * tl.maximum(count_x, 1.0))
+    share = tl.div_rn(1.0, tl.maximum(count_y, 1.0) * tl.maximum(count_x, 1.0))
+    total *= tl.where(share <= 1, share, 0.0)  # NaN for a box that is not finite
 
     out = out_ptr + ((roi * (P * Q) + bins) * C)[:, None] + channels[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(bins < P * Q)[:, None] & (channels < C)[None, :])

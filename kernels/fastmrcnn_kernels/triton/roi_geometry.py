@@ -72,7 +72,10 @@ def interval(low, high, scale, BINS: tl.constexpr, ALIGNED: tl.constexpr, CORNER
 
 @triton.jit
 def samples_per_bin(size, SAMPLING_RATIO: tl.constexpr, CORNER: tl.constexpr):
-    """Samples of a bin of `size` cells along one axis, a float; not positive for an inverted bin sampled adaptively."""
+    """Samples of a bin of `size` cells along one axis, a float; NaN for an infinite size.
+
+    Not positive for an inverted bin that is sampled adaptively.
+    """
     if CORNER:
         count = size * 0.0 + 1.0
     elif SAMPLING_RATIO > 0:
