@@ -149,7 +149,7 @@ def report(case: str, target: str) -> list[Report]:
         name = launch.kernel.__name__
         try:
             binary = compiled(launch, TARGETS[target])
-        except Exception as error:
+        except Exception as error:  # whatever the compiler raises is a row of the table, and exit status 1
             reports.append(Report(case, name, target, problem=f"{type(error).__name__}: {error}".splitlines()[0]))
             continue
         found = measure_amd(binary) if target.startswith("gfx") else measure_nvidia(binary)
