@@ -22,7 +22,7 @@ def assert_same_form(theirs: list[dict[str, Tensor]], ours: list[dict[str, Tenso
 
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_detections(builder: str, photos: list[Tensor]) -> None:
-    """In float64 all are equal.  In float32 rounding flips decisions, twice as many as in one of the two models."""
+    """In float64 all are equal; in float32 nearly all, since rounding may flip a decision."""
     theirs, ours = pair(builder, photos, **FEW)
     with torch.inference_mode():
         expected, found = theirs(photos), ours(photos)
@@ -33,8 +33,7 @@ def test_detections(builder: str, photos: list[Tensor]) -> None:
     assert all(len(detections["boxes"]) > 0 for detections in expected)
     assert all((detections["scores"].diff() <= 0).all() for detections in found)
     assert agreement(expected_exact, found_exact) == 1
-    rounding = 1 - agreement(expected, expected_exact)
-    assert agreement(expected, found) >= 1 - max(0.02, 2 * rounding)
+    assert agreement(expected, found) >= 0.98
 
 
 @pytest.mark.parametrize("builder", ["maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"])
