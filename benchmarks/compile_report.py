@@ -33,6 +33,7 @@ from triton.runtime import jit
 from fastmrcnn_kernels.sampler import Sampler
 from fastmrcnn_kernels.triton.roi_align import roi_align_forward
 from fastmrcnn_kernels.triton.roi_align_backward import roi_align_backward
+from fastmrcnn_kernels.triton.roi_pool import roi_pool_backward, roi_pool_forward
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -67,6 +68,13 @@ def roi_align(
     roi_align_backward(pooled, rois, None, 2, heights, widths, *semantics)
 
 
+def roi_pool(dtype: torch.dtype) -> None:
+    """Forward and backward on the coarsest map of a backbone without a pyramid."""
+    features, rois = torch.empty(2, 256, 50, 84, dtype=dtype), torch.empty(100, 5)
+    pooled, position = roi_pool_forward(features, rois, (7, 7), 1 / 16)
+    roi_pool_backward(pooled, position, rois, 2, 50, 84, 1 / 16)
+
+
 def _cases() -> dict[str, Callable[[], None]]:
     cases: dict[str, Callable[[], None]] = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -77,6 +85,7 @@ def _cases() -> dict[str, Callable[[], None]]:
         cases[f"{name} 7x7 bicubic"] = lambda d=dtype: roi_align(d, 7, bicubic=True)
         cases[f"{name} 7x7 corner"] = lambda d=dtype: roi_align(d, 7, corner=True)
         cases[f"{name} 7x7 C=100"] = lambda d=dtype: roi_align(d, 7, channels=100)
+        cases[f"{name.replace('align', 'pool')} 7x7"] = lambda d=dtype: roi_pool(d)
     return cases
 
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fastmrcnn import ops
+from fastmrcnn.ops import implementations
 from fastmrcnn_kernels.reference import boxes
 from fastmrcnn_kernels.reference.roi_align import assign_levels
 from fastmrcnn_kernels.reference.topk import stable_topk
@@ -23,6 +24,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "multilevel_roi_align": lambda **k: ops.multilevel_roi_align(
         [torch.rand(2, 3, 8, 8), torch.rand(2, 3, 4, 4)], torch.rand(4, 5), 2, (0.25, 0.125), **k
     ),
+    "roi_pool": lambda **k: ops.roi_pool(torch.rand(2, 3, 8, 8), torch.rand(4, 5), 2, **k),
     "nms": lambda **k: ops.nms(torch.rand(5, 4), torch.rand(5), 0.5, **k),
     "batched_nms": lambda **k: ops.batched_nms(torch.rand(5, 4), torch.rand(5), torch.zeros(5), 0.5, **k),
     "padded_nms": lambda **k: ops.padded_nms(torch.rand(2, 5, 4), torch.rand(2, 5), torch.tensor([3, 0]), 0.5, 4, **k),
@@ -41,7 +43,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 }
 
 
-NO_KERNEL_YET = [op for op in CALLS if "roi_align" not in op]
+NO_KERNEL_YET = [op for op in CALLS if "roi_" not in op]
 
 
 @pytest.mark.parametrize("op", NO_KERNEL_YET)
@@ -66,10 +68,10 @@ def test_an_explicit_request_never_falls_back(op: str, monkeypatch: pytest.Monke
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the reference was called")
 
-    monkeypatch.setitem(ops._IMPLEMENTATIONS[op], "reference", broken)
+    monkeypatch.setitem(implementations.IMPLEMENTATIONS[op], "reference", broken)
     with pytest.raises(RuntimeError, match="the reference was called"):
         CALLS[op](impl="reference")
-    monkeypatch.delitem(ops._IMPLEMENTATIONS[op], "reference")
+    monkeypatch.delitem(implementations.IMPLEMENTATIONS[op], "reference")
     with pytest.raises(NotImplementedError, match=f"{op} has no 'reference'"):
         CALLS[op](impl="reference")
 
@@ -77,7 +79,7 @@ def test_an_explicit_request_never_falls_back(op: str, monkeypatch: pytest.Monke
 def test_automatic_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchvision's, where it is the faster one there."""
     chosen = []
-    for op, available in ops._IMPLEMENTATIONS.items():
+    for op, available in implementations.IMPLEMENTATIONS.items():
         for name, run in available.items():
 
             def recorded(*args: Any, of: Any = (op, name), run: Any = run, **kwargs: Any) -> Any:
@@ -188,6 +190,14 @@ def decode(**changed: Any) -> tuple[Tensor, Tensor]:
         (lambda: pool(interpolation="bicubic", impl="torchvision"), NotImplementedError, "'bilinear'"),
         (lambda: pool(sampling="corner", impl="torchvision"), NotImplementedError, "'average'"),
         (lambda: pool([torch.rand(1, 3, 8, 8).double()] * 2, impl="triton"), TypeError, "float64"),
+        (lambda: ops.roi_pool(torch.rand(3, 8, 8), torch.rand(4, 5), 2), ValueError, r"input: .*\[3, 8, 8\]"),
+        (lambda: ops.roi_pool(torch.rand(1, 3, 8, 8), torch.rand(4, 4), 2), ValueError, r"boxes: .*\[\*, 5\]"),
+        (lambda: ops.roi_pool(torch.rand(1, 3, 8, 8), torch.rand(4, 5), 0), ValueError, "output_size=0"),
+        (
+            lambda: ops.roi_pool(torch.rand(1, 3, 8, 8).double(), torch.rand(4, 5), 2, impl="triton"),
+            TypeError,
+            "float64",
+        ),
         (lambda: pool(levels=torch.zeros(4)), TypeError, "levels: .*int64.*float32"),
         (lambda: ops.nms(torch.rand(5, 5), torch.rand(5), 0.5), ValueError, r"boxes: .*\[\*, 4\]"),
         (lambda: ops.nms(torch.rand(5, 4), torch.ones(5).long(), 0.5), TypeError, "scores: .*int64"),

@@ -1,10 +1,13 @@
-"""Where values are cheap to read."""
+"""Where values are cheap to read, and where kernels run."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+KERNEL_DEVICES = ("cpu", "cuda")
+"""PyTorch's names: ROCm is "cuda", too; a CPU runs kernels under Triton's interpreter."""
 
 
 def on_host(tensor: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torchvision
@@ -20,14 +20,24 @@ def roi_align(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    """`torchvision.ops.roi_align` with zeros for RoIs whose batch index names no image, or that are not finite.
+    """`torchvision.ops.roi_align`, safe for padding."""
+    return _pool_present(torchvision.ops.roi_align, features, rois, output_size, spatial_scale, sampling_ratio, aligned)
+
+
+def roi_pool(features: Tensor, rois: Tensor, output_size: tuple[int, int], spatial_scale: float) -> Tensor:
+    """`torchvision.ops.roi_pool`, safe for padding."""
+    return _pool_present(torchvision.ops.roi_pool, features, rois, output_size, spatial_scale)
+
+
+def _pool_present(run: Callable[..., Tensor], features: Tensor, rois: Tensor, *semantics: object) -> Tensor:
+    """`run`, with zeros for RoIs whose batch index names no image, or that are not finite.
 
     torchvision would read outside the features for either.
     """
     dtype = torch.promote_types(features.dtype, torch.float32)  # boxes need it, and bfloat16 is not supported
     present = (rois[:, 0] >= 0) & (rois[:, 0] < len(features)) & rois.isfinite().all(dim=1)
     safe = torch.where(present[:, None], rois, 0).to(dtype)
-    pooled = torchvision.ops.roi_align(features.to(dtype), safe, output_size, spatial_scale, sampling_ratio, aligned)
+    pooled = run(features.to(dtype), safe, *semantics)
     if not (on_host(present) and present.all()):
         pooled = torch.where(present[:, None, None, None], pooled, 0)
     return pooled.to(features.dtype)

@@ -45,8 +45,18 @@ def test_opcheck_backward() -> None:
     torch.library.opcheck(torch.ops.fastmrcnn.multilevel_roi_align_backward.default, arguments)
 
 
+def test_opcheck_roi_pool() -> None:
+    (maps, *_), found, *_ = small_call()
+    torch.library.opcheck(torch.ops.fastmrcnn.roi_pool.default, (maps, found, [2, 3], 0.25))
+    pooled, position = torch.ops.fastmrcnn.roi_pool(maps.detach(), found, [2, 3], 0.25)
+    torch.library.opcheck(
+        torch.ops.fastmrcnn.roi_pool_backward.default, (pooled, position, found, *maps.shape[::2], 9, 0.25)
+    )
+
+
 def pool(maps: list[Tensor], found: Tensor) -> Tensor:
-    return ops.multilevel_roi_align(maps, found, (2, 3), (0.25, 0.125), canonical_scale=40, impl="triton").relu()
+    pooled = ops.multilevel_roi_align(maps, found, (2, 3), (0.25, 0.125), canonical_scale=40, impl="triton")
+    return pooled.relu() + ops.roi_pool(maps[0], found, (2, 3), 0.25, impl="triton")
 
 
 def test_compile_without_graph_breaks() -> None:

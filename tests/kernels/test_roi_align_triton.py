@@ -304,7 +304,7 @@ def test_backward_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             return lambda *args, **kwargs: None
 
-    monkeypatch.setattr(roi_align_backward, "_find_rois_kernel", Nothing())
+    monkeypatch.setattr(roi_align_backward, "find_rois_kernel", Nothing())
     monkeypatch.setattr(roi_align_backward, "_roi_align_bwd_kernel", Nothing())
     heights, widths = zip((200, 334), (100, 167), (50, 84), (25, 42), strict=True)
     pooled = torch.empty(1024, 256, 7, 7, dtype=torch.float16, device=DEVICE, memory_format=torch.channels_last)

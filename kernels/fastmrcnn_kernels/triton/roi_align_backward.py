@@ -16,121 +16,10 @@ from torch import Tensor
 
 from fastmrcnn_kernels.sampler import Sampler
 from fastmrcnn_kernels.triton.launch import INTERPRETED, LINE, on_device_of
-from fastmrcnn_kernels.triton.roi_geometry import (
-    LAUNCH_OPTIONS,
-    bin_weight,
-    interval,
-    load_roi,
-    on_map,
-    sample_position,
-    samples_per_bin,
-    select,
-)
+from fastmrcnn_kernels.triton.roi_geometry import LAUNCH_OPTIONS, bin_weight, interval, samples_per_bin, select
+from fastmrcnn_kernels.triton.roi_tiles import GROUP, TILE, TILES_PER_PROGRAM, find_rois_kernel, locate_tile, lowest_bit
 
-TILE = 8
-GROUP = 1024  # RoIs per group: 32 words of 32 bits, and one word more that says which of those are not zero
-TILES_PER_PROGRAM = 8
 BIN_BLOCK = 16
-
-
-@triton.jit
-def _tile(tile, heights, widths, num_images, TILE: tl.constexpr):
-    """Level, image, first row and first column of tile number `tile`; levels, images, rows, columns in this order."""
-    level = tile * 0
-    for i in tl.static_range(len(heights) - 1):
-        tiles = num_images * tl.cdiv(heights[i], TILE) * tl.cdiv(widths[i], TILE)
-        beyond = (level == i) & (tile >= tiles)
-        level = tl.where(beyond, i + 1, level)
-        tile = tl.where(beyond, tile - tiles, tile)
-    rows = tl.cdiv(select(heights, level), TILE)
-    columns = tl.cdiv(select(widths, level), TILE)
-    return level, tile // (rows * columns), tile // columns % rows * TILE, tile % columns * TILE
-
-
-@triton.jit
-def _reached(
-    start,
-    size,
-    length,
-    count,
-    BINS: tl.constexpr,
-    SAMPLING_RATIO: tl.constexpr,
-    CUBIC: tl.constexpr,
-    CORNER: tl.constexpr,
-):
-    """First and last cell, floats, that may have a weight in some bin; the first is beyond the last if none has."""
-    reach: tl.constexpr = 2 if CUBIC else 1
-    one_end = sample_position(start, size, 0, 0, count, SAMPLING_RATIO, CORNER)
-    other_end = sample_position(start, size, BINS - 1, count - 1, count, SAMPLING_RATIO, CORNER)
-    low = tl.minimum(one_end, other_end)
-    high = tl.maximum(one_end, other_end)
-    exists = (low <= length) & (high >= -1) & (count > 0)
-    first = tl.where(exists, tl.floor(on_map(low, length)) - (reach - 1), 1.0)
-    last = tl.where(exists, tl.floor(on_map(high, length)) + reach, 0.0)
-    return first, last
-
-
-@triton.jit(do_not_specialize=["heights", "widths", "scales", "bounds", "num_images", "num_rois", "num_tiles"])
-def _find_rois_kernel(
-    words_ptr,
-    nonzero_ptr,
-    rois_ptr,
-    levels_ptr,
-    heights,
-    widths,
-    scales,
-    bounds,
-    num_images,
-    num_rois,
-    num_tiles,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    SAMPLING_RATIO: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CUBIC: tl.constexpr,
-    CORNER: tl.constexpr,
-    TILE: tl.constexpr,
-    TILES_PER_PROGRAM: tl.constexpr,
-):
-    """Bit b of words[t, g, w] says whether RoI 1024 g + 32 w + b reaches tile t; bit w of nonzero[t, g], if any does.
-
-    A program owns TILES_PER_PROGRAM tiles and one group g of 1024 RoIs, a 32 x 32 block.
-    """
-    group = tl.program_id(1)
-    groups = tl.num_programs(1)
-    word = tl.arange(0, 32)
-    roi = group * 1024 + word[:, None] * 32 + word[None, :]
-    image, level, x1, y1, x2, y2, present = load_roi(
-        rois_ptr, levels_ptr, roi.to(tl.int64), roi < num_rois, num_images, bounds, len(heights)
-    )
-    scale = select(scales, level)
-    tall = select(heights, level).to(tl.float32)
-    wide = select(widths, level).to(tl.float32)
-    start_y, size_y = interval(y1, y2, scale, P, ALIGNED, CORNER)
-    start_x, size_x = interval(x1, x2, scale, Q, ALIGNED, CORNER)
-    count_y = samples_per_bin(size_y, SAMPLING_RATIO, CORNER)
-    count_x = samples_per_bin(size_x, SAMPLING_RATIO, CORNER)
-    top, bottom = _reached(start_y, size_y, tall, count_y, P, SAMPLING_RATIO, CUBIC, CORNER)
-    left, right = _reached(start_x, size_x, wide, count_x, Q, SAMPLING_RATIO, CUBIC, CORNER)
-    level = tl.where(present, level, -1)
-
-    first = tl.program_id(0) * TILES_PER_PROGRAM
-    for i in range(tl.minimum(TILES_PER_PROGRAM, num_tiles - first)):
-        tile = first + i
-        its_level, its_image, y, x = _tile(tile, heights, widths, num_images, TILE)
-        reaches = (level == its_level) & (image == its_image)
-        reaches = reaches & (top < y + TILE) & (bottom >= y) & (top <= bottom)
-        reaches = reaches & (left < x + TILE) & (right >= x) & (left <= right)
-        bits = tl.sum(tl.where(reaches, 1, 0) << word[None, :], axis=1)
-        place = tile.to(tl.int64) * groups + group
-        tl.store(words_ptr + place * 32 + word, bits)
-        tl.store(nonzero_ptr + place, tl.sum(tl.where(bits != 0, 1, 0) << word, axis=0))
-
-
-@triton.jit
-def _lowest_bit(word):
-    """Number of the lowest bit that is set in an int32: the exponent of that bit as a float."""
-    return (((word & -word).to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
 
 
 @triton.jit
@@ -257,7 +146,7 @@ def _roi_align_bwd_kernel(
     program = tl.program_id(0)
     tile = program // C_BLOCKS
     channels = program % C_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    level, image, y, x = _tile(tile, heights, widths, num_images, TILE)
+    level, image, y, x = locate_tile(tile, heights, widths, num_images, TILE)
     height = select(heights, level)
     width = select(widths, level)
     scale = select(scales, level)
@@ -269,11 +158,11 @@ def _roi_align_bwd_kernel(
         place = tile.to(tl.int64) * groups + group
         nonzero = tl.load(nonzero_ptr + place)
         while nonzero != 0:
-            word = _lowest_bit(nonzero)
+            word = lowest_bit(nonzero)
             nonzero &= nonzero - 1
             bits = tl.load(words_ptr + place * 32 + word)
             while bits != 0:
-                roi = group * 1024 + word * 32 + _lowest_bit(bits)
+                roi = group * 1024 + word * 32 + lowest_bit(bits)
                 bits &= bits - 1
                 total = _gather_roi(
                     total,
@@ -335,7 +224,7 @@ def roi_align_backward(
     if tiles * channels:
         with on_device_of(pooled):
             if groups:
-                _find_rois_kernel[(triton.cdiv(tiles, TILES_PER_PROGRAM), groups)](
+                find_rois_kernel[(triton.cdiv(tiles, TILES_PER_PROGRAM), groups)](
                     words,
                     nonzero,
                     rois,

@@ -1,8 +1,4 @@
-"""The Triton kernels as PyTorch operators `torch.ops.fastmrcnn.*`: schemas, shapes, gradients.
-
-That makes them visible to autograd, `torch.compile`, `torch.export` and fake tensors.  Autocast passes them by: 16-bit
-features stay 16-bit and boxes float32.  Triton itself is imported at the first call.
-"""
+"""Multi-level RoIAlign as a PyTorch operator."""
 
 from __future__ import annotations
 
@@ -13,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmrcnn_kernels.host import KERNEL_DEVICES
 from fastmrcnn_kernels.reference.roi_align import level_bounds
 from fastmrcnn_kernels.sampler import Sampler
-
-DEVICES = ("cpu", "cuda")  # on a CPU, under Triton's interpreter
 
 _SEMANTICS = (
     "float[] scales, int sampling_ratio, bool aligned, str interpolation, str sampling, "
@@ -33,7 +28,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastmrcnn::multilevel_roi_align", DEVICES)
+@torch.library.impl("fastmrcnn::multilevel_roi_align", KERNEL_DEVICES)
 def _multilevel_roi_align(
     features: Sequence[Tensor],
     rois: Tensor,
@@ -54,7 +49,7 @@ def _multilevel_roi_align(
     return roi_align_forward(features, rois, levels, output_size, scales, sampler, bounds)
 
 
-@torch.library.impl("fastmrcnn::multilevel_roi_align_backward", DEVICES)
+@torch.library.impl("fastmrcnn::multilevel_roi_align_backward", KERNEL_DEVICES)
 def _multilevel_roi_align_backward(
     pooled: Tensor,
     rois: Tensor,

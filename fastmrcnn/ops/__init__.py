@@ -1,0 +1,33 @@
+"""The operations of a two-stage detector, as functions: validate, choose an implementation, call it.
+
+Signatures are torchvision's where it has the operation.  Every function takes `impl`:
+
+- `"auto"`: the fastest implementation for the device of the inputs;
+- `"reference"`: plain PyTorch, the specification, any device, float64-capable;
+- `"torchvision"`: torchvision's own code, where it has the same semantics;
+- `"triton"`: the GPU kernels.
+
+Asking for an implementation that is not there raises NotImplementedError; an explicit request never falls back.
+Boxes are `x1,y1,x2,y2` in pixels everywhere.
+"""
+
+from fastmrcnn.ops.boxes import batched_nms, decode_proposals, nms, padded_nms
+from fastmrcnn.ops.implementations import Impl
+from fastmrcnn.ops.masks import heatmaps_to_keypoints, paste_masks, paste_masks_in_image
+from fastmrcnn.ops.roi import MultiScaleRoIAlign, multilevel_roi_align, pool_like, roi_align, roi_pool
+
+__all__ = [
+    "Impl",
+    "MultiScaleRoIAlign",
+    "batched_nms",
+    "decode_proposals",
+    "heatmaps_to_keypoints",
+    "multilevel_roi_align",
+    "nms",
+    "padded_nms",
+    "paste_masks",
+    "paste_masks_in_image",
+    "pool_like",
+    "roi_align",
+    "roi_pool",
+]

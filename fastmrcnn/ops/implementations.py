@@ -1,0 +1,77 @@
+"""Which implementations there are of each operation.  Nothing else chooses one."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.models.detection import roi_heads as torchvision_heads
+
+from fastmrcnn_kernels import library, torchvision_ops
+from fastmrcnn_kernels.reference import boxes as reference_boxes
+from fastmrcnn_kernels.reference import keypoints as reference_keypoints
+from fastmrcnn_kernels.reference import nms as reference_nms
+from fastmrcnn_kernels.reference import paste as reference_paste
+from fastmrcnn_kernels.reference import roi_align as reference_roi_align
+from fastmrcnn_kernels.reference import roi_pool as reference_roi_pool
+
+Impl = Literal["auto", "reference", "triton", "torchvision"]
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
+    "roi_align": {
+        "reference": reference_roi_align.roi_align,
+        "torchvision": torchvision_ops.roi_align,
+        "triton": library.roi_align,
+    },
+    "multilevel_roi_align": {
+        "reference": reference_roi_align.multilevel_roi_align,
+        "torchvision": torchvision_ops.multilevel_roi_align,
+        "triton": library.multilevel_roi_align,
+    },
+    "roi_pool": {
+        "reference": reference_roi_pool.roi_pool,
+        "torchvision": torchvision_ops.roi_pool,
+        "triton": library.roi_pool,
+    },
+    "nms": {"reference": reference_nms.nms, "torchvision": torchvision.ops.nms},
+    "batched_nms": {"reference": reference_nms.batched_nms, "torchvision": torchvision_ops.batched_nms},
+    "padded_nms": {"reference": reference_nms.padded_nms, "torchvision": torchvision_ops.padded_nms},
+    "decode_proposals": {"reference": reference_boxes.decode_proposals},
+    "paste_masks": {"reference": reference_paste.paste_masks, "torchvision": torchvision_ops.paste_masks},
+    "heatmaps_to_keypoints": {
+        "reference": reference_keypoints.heatmaps_to_keypoints,
+        "torchvision": lambda heatmaps, boxes, max_size: torchvision_heads.heatmaps_to_keypoints(heatmaps, boxes),
+    },
+}
+
+
+def choose(op: str, impl: str, auto: str) -> Callable[..., Any]:
+    """The implementation of `op` that `impl` names, where "auto" means `auto`; NotImplementedError if there is none."""
+    available = IMPLEMENTATIONS[op]
+    if impl not in ("auto", "reference", "triton", "torchvision"):
+        raise ValueError(f"impl={impl!r}: expected 'auto', 'reference', 'triton' or 'torchvision'")
+    name = auto if impl == "auto" else impl
+    if name not in available:
+        others = " or ".join(repr(k) for k in ("auto", *available))
+        raise NotImplementedError(f"fastmrcnn.ops.{op} has no {name!r} implementation yet: use impl={others}")
+    return available[name]
+
+
+def choose_pooling(op: str, impl: str, features: Tensor, without_kernel: str) -> tuple[str, Callable[..., Any]]:
+    """Name and function of the implementation that pools `features`: `"auto"` is the kernel where it runs.
+
+    TypeError if the kernel is asked for and `features` are of no dtype that it has.
+    """
+    if impl == "triton" and features.dtype not in _KERNEL_DTYPES:
+        raise TypeError(f"impl='triton': expected float32, float16 or bfloat16 features, got {features.dtype}")
+    if impl == "auto":
+        runs = features.is_cuda and features.dtype in _KERNEL_DTYPES and _HAS_TRITON
+        impl = "triton" if runs else without_kernel
+    return impl, choose(op, impl, impl)

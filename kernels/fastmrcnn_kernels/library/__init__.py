@@ -1,0 +1,10 @@
+"""The Triton kernels as PyTorch operators `torch.ops.fastmrcnn.*`: schemas, shapes, gradients.
+
+That makes them visible to autograd, `torch.compile`, `torch.export` and fake tensors.  Autocast passes them by: 16-bit
+features stay 16-bit and boxes float32.  Triton itself is imported at the first call.
+"""
+
+from fastmrcnn_kernels.library.roi_align import multilevel_roi_align, roi_align
+from fastmrcnn_kernels.library.roi_pool import roi_pool
+
+__all__ = ["multilevel_roi_align", "roi_align", "roi_pool"]
