@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,9 @@ from torch.nn import functional
 
 import fastmrcnn
 from benchmarks.detectors import agreement, calibrate
+from benchmarks.measure import PERCENTILES, conditions, device_name, percentiles
 from fastmrcnn.data import Shapes, image_files, load_image
 from fastmrcnn.files import write_json
-
-PERCENTILES = (20, 50, 80)
 
 
 def main() -> None:
@@ -39,16 +36,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"), help="photos are resized")
     parser.add_argument("--batch", type=int, default=1, help="images per call")
     parser.add_argument("--pairs", type=int, default=10, help="counted runs of each")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args()
 
-    images = load_images(options.images, tuple(options.size), options.batch, options.device)
-    theirs, ours = models(options.builder, images, options.device)
+    images = load_images(options.images, tuple(options.size), options.batch)
+    theirs, ours = models(options.builder, images)
     with torch.inference_mode():
         agreed = agreement(theirs(images), ours(images))
         times = paired_times({"torchvision": lambda: theirs(images), "fastmrcnn": lambda: ours(images)}, options.pairs)
-    result = report(times) | {"agreement": agreed, "conditions": conditions(options)}
+    result = report(times) | {"agreement": agreed, "inputs": inputs(options), "conditions": conditions()}
     print(json.dumps(result, indent=2))
     if options.json:
         write_json(options.json, result)
@@ -56,25 +52,25 @@ def main() -> None:
         raise SystemExit(f"only {agreed:.1%} of the detections agree: the times mean nothing")
 
 
-def models(builder: str, images: Sequence[Tensor], device: str) -> tuple[nn.Module, nn.Module]:
+def models(builder: str, images: Sequence[Tensor], **arguments: Any) -> tuple[nn.Module, nn.Module]:
     """torchvision's model and ours with equal random weights, scaled so that both detect as a trained model would."""
     torch.manual_seed(0)
-    arguments: dict[str, Any] = {"weights": None, "weights_backbone": None}
-    theirs = getattr(torchvision.models.detection, builder)(**arguments).to(device).eval()
+    arguments |= {"weights": None, "weights_backbone": None}
+    theirs = getattr(torchvision.models.detection, builder)(**arguments).to(device_name()).eval()
     calibrate(theirs, images)
-    ours = getattr(fastmrcnn, builder)(**arguments).to(device).eval()
+    ours = getattr(fastmrcnn, builder)(**arguments).to(device_name()).eval()
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
 
-def load_images(folder: Path | None, size: tuple[int, int], count: int, device: str) -> list[Tensor]:
+def load_images(folder: Path | None, size: tuple[int, int], count: int) -> list[Tensor]:
     """`count` images [3, H, W] of `size`, photos of `folder` or generated ones."""
     if folder is None:
         shapes = Shapes(count, image_size=size)
-        return [shapes[i][0].to(device) for i in range(count)]
+        return [shapes[i][0].to(device_name()) for i in range(count)]
     photos = [load_image(path) for path in image_files(folder)[:count]]
     resized = [functional.interpolate(photo[None], size=size, mode="bilinear", antialias=True)[0] for photo in photos]
-    return [photo.clamp(0, 1).to(device) for photo in resized]
+    return [photo.clamp(0, 1).to(device_name()) for photo in resized]
 
 
 def paired_times(calls: dict[str, Callable[[], object]], pairs: int, warm_up: int = 2) -> dict[str, list[float]]:
@@ -93,33 +89,16 @@ def paired_times(calls: dict[str, Callable[[], object]], pairs: int, warm_up: in
 
 
 def report(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Percentiles of each time in milliseconds, and of torchvision's time over ours."""
+    """Percentiles of each time, and of torchvision's time over ours."""
     ratio = torch.tensor(times["torchvision"]) / torch.tensor(times["fastmrcnn"])
-    percentiles = {f"{name}_ms": _percentiles(torch.tensor(values) * 1e3) for name, values in times.items()}
-    return percentiles | {"speedup": _percentiles(ratio)}
+    speedup = {f"p{p}": round(torch.quantile(ratio, p / 100).item(), 3) for p in PERCENTILES}
+    return {name: percentiles(values) for name, values in times.items()} | {"speedup": speedup}
 
 
-def _percentiles(values: Tensor) -> dict[str, float]:
-    return {f"p{p}": round(torch.quantile(values, p / 100).item(), 3) for p in PERCENTILES}
-
-
-def conditions(options: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers depend on."""
-    on_gpu = options.device.startswith("cuda")
-    return {
-        "device": torch.cuda.get_device_name()
-        if on_gpu
-        else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "fastmrcnn": fastmrcnn.__version__,
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "builder": options.builder,
-        "size": list(options.size),
-        "batch": options.batch,
-        "pairs": options.pairs,
-        "images": "photos" if options.images else "generated",
-    }
+def inputs(options: argparse.Namespace) -> dict[str, Any]:
+    """What was run."""
+    images = "photos" if options.images else "generated"
+    return {"builder": options.builder, "size": list(options.size), "batch": options.batch, "images": images}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""Feature pyramids and RoIs of the sizes that models meet, and how many bytes they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.measure import device_name
+from fastmrcnn_kernels.reference.roi_align import assign_levels, axis_weights
+
+SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
+CHANNELS = 256
+PHOTO = (800, 1333)
+"""Height and width of a photo as it enters a detector."""
+SMALL = (400, 666)
+"""What a CPU is given instead."""
+
+
+class Pooling(NamedTuple):
+    """A batch of images, how many RoIs each has and into how many bins they are pooled."""
+
+    images: int
+    rois: int
+    bins: int
+    size: tuple[int, int] = PHOTO
+
+    def __str__(self) -> str:
+        return f"{self.images} x {self.rois} RoIs, {self.bins}x{self.bins}, {self.size[0]}x{self.size[1]}"
+
+
+def leave_out(op: str, size: tuple[int, int], dtype: torch.dtype = torch.float32) -> None:
+    """Skip the benchmark where a CPU has no use for it: at the size of photos, and in 16-bit dtypes."""
+    if not torch.cuda.is_available():
+        if size == PHOTO:
+            pytest.skip(f"left out, for want of a GPU: {op} at {size[0]}x{size[1]}")
+        if dtype != torch.float32:
+            pytest.skip(f"left out, for want of a GPU: {op} in {str(dtype).removeprefix('torch.')}")
+
+
+def pyramid(case: Pooling, dtype: torch.dtype, scales: Sequence[float] = SCALES) -> list[Tensor]:
+    """Random maps [N, 256, Hl, Wl], channels_last, of images padded to whole cells of the coarsest map."""
+    generator = torch.Generator(device_name()).manual_seed(0)
+    cell = round(1 / scales[-1])
+    height, width = (math.ceil(side / cell) * cell for side in case.size)
+    shapes = [(round(height * scale), round(width * scale)) for scale in scales]
+    maps = [torch.randn(case.images, *s, CHANNELS, generator=generator, device=device_name()) for s in shapes]
+    return [x.permute(0, 3, 1, 2).to(dtype) for x in maps]
+
+
+def random_rois(case: Pooling) -> Tensor:
+    """RoIs [N * R, 5] inside the images; sides spread evenly from 16 to 640 pixels on a logarithmic scale."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = case.size
+    limits = torch.tensor([width, height], dtype=torch.float32)
+    count = case.images * case.rois
+    side = 16 * 40 ** torch.rand(count, 1, generator=generator)
+    aspect = 4 ** (torch.rand(count, 1, generator=generator) - 0.5)
+    extent = torch.minimum(side * torch.cat((aspect, 1 / aspect), dim=1), limits)
+    start = torch.rand(count, 2, generator=generator) * (limits - extent)
+    index = torch.arange(case.images, dtype=torch.float32).repeat_interleave(case.rois)
+    return torch.cat((index[:, None], start, torch.minimum(start + extent, limits)), dim=1).to(device_name())
+
+
+def cells_read(maps: Sequence[Tensor], rois: Tensor, bins: int, scales: Sequence[float] = SCALES) -> tuple[int, int]:
+    """How many cells of `maps` have a weight in RoIAlign with two samples per bin and axis: of all RoIs, and of each.
+
+    The first counts a cell once, the second once per RoI.
+    """
+    levels = assign_levels(rois[:, 1:], len(maps), round(-math.log2(scales[0])), 224, 4)
+    distinct = repeated = 0
+    for level, (feature, scale) in enumerate(zip(maps, scales, strict=True)):
+        for image in range(len(feature)):
+            boxes = rois[(levels == level) & (rois[:, 0] == image), 1:] * scale
+            extent = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
+            rows = axis_weights(boxes[:, 1], extent[:, 1], bins, feature.shape[2], 2).sum(dim=1) > 0
+            columns = axis_weights(boxes[:, 0], extent[:, 0], bins, feature.shape[3], 2).sum(dim=1) > 0
+            distinct += int((rows.float().mT @ columns.float() > 0).sum())
+            repeated += int((rows.sum(dim=1) * columns.sum(dim=1)).sum())
+    return distinct, repeated
