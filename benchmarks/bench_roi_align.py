@@ -92,8 +92,7 @@ def test_roi_align_forward(case: Pooling, contender: Contender, timed: Callable[
         reference, exact = (pooled_by_torchvision(maps, rois, case, d) for d in (torch.float32, torch.float64))
         assert_within_budget(found, reference.to(found.dtype), exact)
 
-    cells, _ = cells_read(maps, rois, case.bins)
-    values = (cells + len(rois) * case.bins**2) * CHANNELS
+    values = (cells_read(maps, rois, case.bins) + len(rois) * case.bins**2) * CHANNELS
     timed(
         contender.pooling(maps, rois, case),
         check,

@@ -153,25 +153,26 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
 
 def report(case: str, target: str) -> list[Report]:
     """All kernels of a case on one target."""
-    reports = []
-    for launch in record(CASES[case]):
-        name = launch.kernel.__name__
-        try:
-            binary = compiled(launch, TARGETS[target])
-        except Exception as error:  # whatever the compiler raises is a row of the table, and exit status 1
-            reports.append(Report(case, name, target, problem=f"{type(error).__name__}: {error}".splitlines()[0]))
-            continue
-        found = measure_amd(binary) if target.startswith("gfx") else measure_nvidia(binary)
-        threads = binary.metadata.num_warps * (64 if target.startswith("gfx") else 32)
-        shared = binary.metadata.shared
-        limits = [BLOCKS_PER_SM, THREADS_PER_SM // threads, SHARED_PER_SM[target] // max(shared + 1024, 1)]
-        registers_per_sm = REGISTERS_PER_SM * (2 if target.startswith("gfx") else 1)
-        limits.append(registers_per_sm // (-(-max(found["registers"], 1) // 8) * 8 * threads))
-        problem = f"spills {found['spilled']} bytes" if found["spilled"] else ""
-        if "fwd" in name and "float16" in case and "C=" not in case and found["load_bits"] < 128:
-            problem += f"reads features by {found['load_bits']} bits"
-        reports.append(Report(case, name, target, shared=shared, blocks=min(limits), problem=problem, **found))
-    return reports
+    return [examine(launch, case, target) for launch in record(CASES[case])]
+
+
+def examine(launch: Launch, case: str, target: str) -> Report:
+    """What became of one kernel."""
+    name = launch.kernel.__name__
+    try:
+        binary = compiled(launch, TARGETS[target])
+    except Exception as error:  # whatever the compiler raises is a row of the table, and exit status 1
+        return Report(case, name, target, problem=f"{type(error).__name__}: {error}".splitlines()[0])
+    found = measure_amd(binary) if target.startswith("gfx") else measure_nvidia(binary)
+    threads = binary.metadata.num_warps * (64 if target.startswith("gfx") else 32)
+    shared = binary.metadata.shared
+    limits = [BLOCKS_PER_SM, THREADS_PER_SM // threads, SHARED_PER_SM[target] // max(shared + 1024, 1)]
+    registers_per_sm = REGISTERS_PER_SM * (2 if target.startswith("gfx") else 1)
+    limits.append(registers_per_sm // (-(-max(found["registers"], 1) // 8) * 8 * threads))
+    problem = f"spills {found['spilled']} bytes" if found["spilled"] else ""
+    if "fwd" in name and "float16" in case and "C=" not in case and found["load_bits"] < 128:
+        problem += f"reads features by {found['load_bits']} bits"
+    return Report(case, name, target, shared=shared, blocks=min(limits), problem=problem, **found)
 
 
 def measure_nvidia(binary: Any) -> dict[str, int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from benchmarks.measure import device_name
 from fastmrcnn_kernels.reference.roi_align import assign_levels, axis_weights
@@ -66,19 +67,43 @@ def random_rois(case: Pooling) -> Tensor:
     return torch.cat((index[:, None], start, torch.minimum(start + extent, limits)), dim=1).to(device_name())
 
 
-def cells_read(maps: Sequence[Tensor], rois: Tensor, bins: int, scales: Sequence[float] = SCALES) -> tuple[int, int]:
-    """How many cells of `maps` have a weight in RoIAlign with two samples per bin and axis: of all RoIs, and of each.
+def axis_weights_of(maps: Sequence[Tensor], rois: Tensor, bins: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Which cells of a map have a weight in which bins, for RoIAlign with two samples per bin and axis.
 
-    The first counts a cell once, the second once per RoI.
+    For each image and level of `SCALES`, rows [R, bins, H] and columns [R, bins, W], bool, of its RoIs.
     """
-    levels = assign_levels(rois[:, 1:], len(maps), round(-math.log2(scales[0])), 224, 4)
-    distinct = repeated = 0
-    for level, (feature, scale) in enumerate(zip(maps, scales, strict=True)):
+    levels = assign_levels(rois[:, 1:], len(maps), 2, 224, 4)
+    for level, (feature, scale) in enumerate(zip(maps, SCALES, strict=True)):
         for image in range(len(feature)):
             boxes = rois[(levels == level) & (rois[:, 0] == image), 1:] * scale
             extent = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
-            rows = axis_weights(boxes[:, 1], extent[:, 1], bins, feature.shape[2], 2).sum(dim=1) > 0
-            columns = axis_weights(boxes[:, 0], extent[:, 0], bins, feature.shape[3], 2).sum(dim=1) > 0
-            distinct += int((rows.float().mT @ columns.float() > 0).sum())
-            repeated += int((rows.sum(dim=1) * columns.sum(dim=1)).sum())
-    return distinct, repeated
+            rows = axis_weights(boxes[:, 1], extent[:, 1], bins, feature.shape[2], 2)
+            columns = axis_weights(boxes[:, 0], extent[:, 0], bins, feature.shape[3], 2)
+            yield rows > 0, columns > 0
+
+
+def cells_read(maps: Sequence[Tensor], rois: Tensor, bins: int) -> int:
+    """How many cells of `maps` have a weight in some bin."""
+    total = 0
+    for rows, columns in axis_weights_of(maps, rois, bins):
+        total += int((rows.any(dim=1).float().mT @ columns.any(dim=1).float() > 0).sum())
+    return total
+
+
+def cells_of_rois(maps: Sequence[Tensor], rois: Tensor, bins: int) -> int:
+    """The same for each RoI by itself, added up."""
+    return sum(
+        int((rows.any(dim=1).sum(dim=1) * columns.any(dim=1).sum(dim=1)).sum())
+        for rows, columns in axis_weights_of(maps, rois, bins)
+    )
+
+
+def bins_of_tiles(maps: Sequence[Tensor], rois: Tensor, bins: int, tile: int) -> int:
+    """How many bins the tiles of `tile` x `tile` cells read in a backward pass that gathers, added up."""
+
+    def pairs(weights: Tensor) -> Tensor:
+        """Pairs of a bin and a stretch of `tile` cells that has a weight in it, for each RoI."""
+        padded = functional.pad(weights, (0, -weights.shape[2] % tile))
+        return padded.unflatten(2, (-1, tile)).any(dim=3).sum(dim=(1, 2))
+
+    return sum(int((pairs(rows) * pairs(columns)).sum()) for rows, columns in axis_weights_of(maps, rois, bins))

@@ -26,6 +26,9 @@ from fastmrcnn_kernels.triton.roi_geometry import (
     tap_weight,
 )
 
+BLOCK_BINS = 32
+WARPS = 4
+
 
 @triton.jit
 def _add_cell(total, map_ptr, row, column, weight, reads, width, channels, C: tl.constexpr):
@@ -151,7 +154,7 @@ def roi_align_forward(
     height, width = output_size
     num_images, channels = features[0].shape[:2]
     out = features[0].new_empty(len(rois), height, width, channels)
-    bin_block = min(32, triton.next_power_of_2(height * width))
+    bin_block = min(BLOCK_BINS, triton.next_power_of_2(height * width))
     channel_block = min(LINE // out.element_size(), triton.next_power_of_2(channels))
     programs = len(rois) * triton.cdiv(height * width, bin_block) * triton.cdiv(channels, channel_block)
     if programs:
@@ -172,7 +175,7 @@ def roi_align_forward(
                 *sampler,
                 bin_block,
                 channel_block,
-                num_warps=4,
+                num_warps=WARPS,
                 num_stages=1,
                 **LAUNCH_OPTIONS,
             )

@@ -19,7 +19,8 @@ from fastmrcnn_kernels.triton.launch import INTERPRETED, LINE, on_device_of
 from fastmrcnn_kernels.triton.roi_geometry import LAUNCH_OPTIONS, bin_weight, interval, samples_per_bin, select
 from fastmrcnn_kernels.triton.roi_tiles import GROUP, TILE, TILES_PER_PROGRAM, find_rois_kernel, locate_tile, lowest_bit
 
-BIN_BLOCK = 16
+BLOCK_BINS = 16
+WARPS = 8  # for blocks of more than 32 channels; half of them for others
 
 
 @triton.jit
@@ -260,9 +261,9 @@ def roi_align_backward(
                 bins_x,
                 *sampler,
                 TILE,
-                BIN_BLOCK,
+                BLOCK_BINS,
                 channel_block,
-                num_warps=8 if channel_block > 32 else 4,
+                num_warps=WARPS if channel_block > 32 else WARPS // 2,
                 num_stages=1,
                 **LAUNCH_OPTIONS,
             )
