@@ -20,8 +20,9 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-test
-	$(BIN)/python -m benchmarks.end_to_end
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmark.json
+	$(BIN)/python -m benchmarks.report benchmark.json --svg benchmark.svg
 
 clean:
 	rm -rf $(VENV)

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,9 @@ def main() -> None:
             flush=True,
         )
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        today = datetime.now(timezone.utc).date().isoformat()
+        content = {"triton": triton.__version__, "date": today, "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     sys.exit(any(row.problem for row in rows))
 
 

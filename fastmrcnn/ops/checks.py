@@ -34,6 +34,23 @@ def check(
         raise TypeError(f"{name}: expected floating point, got {tensor.dtype}")
 
 
+def check_pyramid(features: Sequence[Tensor]) -> None:
+    """Raise unless `features` are maps [N, C, Hl, Wl] of one floating dtype, with N and C in common.
+
+    Called for every pooling: what is right passes one quick look, and only what is not is named.
+    """
+    shape, dtype = getattr(features[0], "shape", ())[:2], getattr(features[0], "dtype", None)
+    for feature in features:
+        like_first = isinstance(feature, Tensor) and feature.shape[:2] == shape and feature.dtype == dtype
+        if not like_first or feature.dim() != 4 or not feature.is_floating_point():
+            break
+    else:
+        return
+    for i, feature in enumerate(features):
+        check(f"features[{i}]", feature, None, None, None, None)
+        check(f"features[{i}]", feature, *shape, None, None, dtype=dtype)
+
+
 def as_rois(boxes: Tensor | Sequence[Tensor]) -> Tensor:
     """RoIs [R, 5] (batch index, box) of boxes given as such, or as one [L, 4] per image."""
     if isinstance(boxes, Tensor):

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from fastmrcnn.ops.checks import as_rois, check, pair
+from fastmrcnn.ops.checks import as_rois, check, check_pyramid, pair
 from fastmrcnn.ops.implementations import Impl, choose_pooling
 from fastmrcnn_kernels.reference.roi_align import assign_levels
 
@@ -98,9 +98,7 @@ def multilevel_roi_align(
     """
     if not features or len(features) != len(spatial_scales):
         raise ValueError(f"spatial_scales: {len(spatial_scales)} given for {len(features)} feature maps")
-    for i, feature in enumerate(features):
-        check(f"features[{i}]", feature, None, None, None, None)
-        check(f"features[{i}]", feature, *features[0].shape[:2], None, None, dtype=features[0].dtype)
+    check_pyramid(features)
     rois = as_rois(boxes)
     if levels is not None:
         check("levels", levels, len(rois), dtype=torch.int64)

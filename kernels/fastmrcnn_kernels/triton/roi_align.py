@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmrcnn_kernels.sampler import Sampler
-from fastmrcnn_kernels.triton.launch import LINE, on_device_of
+from fastmrcnn_kernels.triton.launch import LINE, cdiv, next_power_of_2, on_device_of
 from fastmrcnn_kernels.triton.roi_geometry import (
     LAUNCH_OPTIONS,
     interval,
@@ -154,9 +154,9 @@ def roi_align_forward(
     height, width = output_size
     num_images, channels = features[0].shape[:2]
     out = features[0].new_empty(len(rois), height, width, channels)
-    bin_block = min(BLOCK_BINS, triton.next_power_of_2(height * width))
-    channel_block = min(LINE // out.element_size(), triton.next_power_of_2(channels))
-    programs = len(rois) * triton.cdiv(height * width, bin_block) * triton.cdiv(channels, channel_block)
+    bin_block = min(BLOCK_BINS, next_power_of_2(height * width))
+    channel_block = min(LINE // out.element_size(), next_power_of_2(channels))
+    programs = len(rois) * cdiv(height * width, bin_block) * cdiv(channels, channel_block)
     if programs:
         with on_device_of(out):
             _roi_align_fwd_kernel[(programs,)](

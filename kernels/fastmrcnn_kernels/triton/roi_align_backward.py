@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmrcnn_kernels.sampler import Sampler
-from fastmrcnn_kernels.triton.launch import INTERPRETED, LINE, on_device_of
+from fastmrcnn_kernels.triton.launch import INTERPRETED, LINE, cdiv, next_power_of_2, on_device_of
 from fastmrcnn_kernels.triton.roi_geometry import LAUNCH_OPTIONS, bin_weight, interval, samples_per_bin, select
 from fastmrcnn_kernels.triton.roi_tiles import GROUP, TILE, TILES_PER_PROGRAM, find_rois_kernel, locate_tile, lowest_bit
 
@@ -217,15 +217,15 @@ def roi_align_backward(
     rois = rois.float().contiguous()
     shapes = list(zip(heights, widths, strict=True))
     maps = [pooled.new_empty(num_images, height, width, channels) for height, width in shapes]
-    tiles = sum(num_images * triton.cdiv(height, TILE) * triton.cdiv(width, TILE) for height, width in shapes)
-    groups = triton.cdiv(num_rois, GROUP)
+    tiles = sum(num_images * cdiv(height, TILE) * cdiv(width, TILE) for height, width in shapes)
+    groups = cdiv(num_rois, GROUP)
     words = torch.empty(tiles, groups, 32, dtype=torch.int32, device=pooled.device)
     nonzero = torch.empty(tiles, groups, dtype=torch.int32, device=pooled.device)
-    channel_block = max(16, min(LINE // pooled.element_size(), triton.next_power_of_2(channels)))
+    channel_block = max(16, min(LINE // pooled.element_size(), next_power_of_2(channels)))
     if tiles * channels:
         with on_device_of(pooled):
             if groups:
-                find_rois_kernel[(triton.cdiv(tiles, TILES_PER_PROGRAM), groups)](
+                find_rois_kernel[(cdiv(tiles, TILES_PER_PROGRAM), groups)](
                     words,
                     nonzero,
                     rois,
@@ -245,7 +245,7 @@ def roi_align_backward(
                     num_warps=4,
                     **LAUNCH_OPTIONS,
                 )
-            _roi_align_bwd_kernel[(tiles * triton.cdiv(channels, channel_block),)](
+            _roi_align_bwd_kernel[(tiles * cdiv(channels, channel_block),)](
                 tuple(maps),
                 pooled,
                 rois,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmrcnn_kernels.triton.launch import LINE, on_device_of
+from fastmrcnn_kernels.triton.launch import LINE, cdiv, next_power_of_2, on_device_of
 from fastmrcnn_kernels.triton.roi_geometry import LAUNCH_OPTIONS, load_roi
 from fastmrcnn_kernels.triton.roi_tiles import GROUP, TILE, as_bits, lowest_bit
 
@@ -197,9 +197,9 @@ def roi_pool_forward(features: Tensor, rois: Tensor, output_size: Sequence[int],
     num_images, channels = features.shape[:2]
     out = features.new_empty(len(rois), height, width, channels)
     position = torch.empty_like(out, dtype=torch.int32)
-    bin_block = min(32, triton.next_power_of_2(height * width))
-    channel_block = min(LINE // out.element_size(), triton.next_power_of_2(channels))
-    programs = len(rois) * triton.cdiv(height * width, bin_block) * triton.cdiv(channels, channel_block)
+    bin_block = min(32, next_power_of_2(height * width))
+    channel_block = min(LINE // out.element_size(), next_power_of_2(channels))
+    programs = len(rois) * cdiv(height * width, bin_block) * cdiv(channels, channel_block)
     if programs:
         with on_device_of(out):
             _roi_pool_fwd_kernel[(programs,)](
@@ -229,11 +229,11 @@ def roi_pool_backward(
     """Gradient of the features, [N, C, H, W] channels_last, from that of the bins, `pooled` [R, C, P, Q]."""
     num_rois, channels, bins_y, bins_x = pooled.shape
     gradient = pooled.new_empty(num_images, height, width, channels)
-    channel_block = min(LINE // pooled.element_size(), triton.next_power_of_2(channels))
-    tiles = num_images * triton.cdiv(height, TILE) * triton.cdiv(width, TILE)
+    channel_block = min(LINE // pooled.element_size(), next_power_of_2(channels))
+    tiles = num_images * cdiv(height, TILE) * cdiv(width, TILE)
     if tiles * channels:
         with on_device_of(pooled):
-            _roi_pool_bwd_kernel[(tiles * triton.cdiv(channels, channel_block),)](
+            _roi_pool_bwd_kernel[(tiles * cdiv(channels, channel_block),)](
                 gradient,
                 pooled.contiguous(memory_format=torch.channels_last),
                 position.contiguous(memory_format=torch.channels_last),

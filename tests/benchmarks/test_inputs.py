@@ -1,0 +1,57 @@
+"""The counts of cells and bins against gradients of torchvision's RoIAlign, which say what depends on what."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+import torchvision
+from torch import Tensor
+
+from benchmarks.inputs import SCALES, Pooling, bins_of_tiles, cells_of_rois, cells_read, pyramid, random_rois
+from fastmrcnn_kernels.reference.roi_align import assign_levels
+
+CASE = Pooling(2, 6, 3, (250, 300))
+
+
+def dependences(maps: list[Tensor], rois: Tensor, bins: int) -> list[Tensor]:
+    """For each level, which cells of it each bin depends on: bool [R, bins^2, N, H, W]."""
+    levels = assign_levels(rois[:, 1:], len(maps), 2, 224, 4)
+    result = []
+    for level, (feature, scale) in enumerate(zip(maps, SCALES, strict=True)):
+        leaf = torch.ones_like(feature[:, :1]).requires_grad_()
+        pooled = torchvision.ops.roi_align(leaf, rois, bins, scale, 2) * (levels == level)[:, None, None, None]
+        one_by_one = [torch.autograd.grad(b, leaf, retain_graph=True)[0][:, 0] != 0 for b in pooled.flatten()]
+        result.append(torch.stack(one_by_one).unflatten(0, (len(rois), -1)))
+    return result
+
+
+def test_counts() -> None:
+    maps, rois = pyramid(CASE, torch.float32), random_rois(CASE)
+    found = dependences(maps, rois, CASE.bins)
+    assert sum(int(x.any(dim=(1, 2, 3, 4)).any()) for x in found) > 1  # several levels have RoIs
+    assert cells_read(maps, rois, CASE.bins) == sum(int(x.any(dim=1).any(dim=0).sum()) for x in found)
+    assert cells_of_rois(maps, rois, CASE.bins) == sum(int(x.any(dim=1).sum()) for x in found)
+    for tile in (4, 8):
+        expected = 0
+        for depends in found:
+            for y, x in product(range(0, depends.shape[3], tile), range(0, depends.shape[4], tile)):
+                expected += int(depends[..., y : y + tile, x : x + tile].any(dim=(3, 4)).sum())
+        assert bins_of_tiles(maps, rois, CASE.bins, tile) == expected
+
+
+def test_inputs_are_those_of_a_detector() -> None:
+    maps, rois = pyramid(Pooling(2, 50, 7), torch.bfloat16), random_rois(Pooling(2, 50, 7))
+    assert [tuple(x.shape) for x in maps] == [
+        (2, 256, 200, 336),
+        (2, 256, 100, 168),
+        (2, 256, 50, 84),
+        (2, 256, 25, 42),
+    ]
+    assert all(x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last) for x in maps)
+    assert rois[:, 0].tolist() == [0] * 50 + [1] * 50
+    assert (rois[:, 1:] >= 0).all()
+    assert (rois[:, 3] <= 1333).all()
+    assert (rois[:, 4] <= 800).all()
+    assert (rois[:, 3:] > rois[:, 1:3]).all()
+    assert len(assign_levels(rois[:, 1:], 4, 2, 224, 4).unique()) == 4

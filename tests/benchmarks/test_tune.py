@@ -1,0 +1,39 @@
+"""The variants that are tuned over compute the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import tune_roi_align
+from benchmarks.inputs import SCALES
+from benchmarks.tune_roi_align import BACKWARD, FORWARD, Variant, launch
+from fastmrcnn_kernels import torchvision_ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("variant", FORWARD + BACKWARD, ids=str)
+def test_variants_are_right(variant: Variant) -> None:
+    """Before any time of a GPU is spent on them."""
+    direction = "forward" if variant in FORWARD else "backward"
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(1, 40, 20 >> i, 30 >> i, generator=generator).to(DEVICE) for i in range(4)]
+    maps = [x.contiguous(memory_format=torch.channels_last).requires_grad_() for x in maps]
+    rois = torch.tensor([[0, 3.0, 9, 70, 60], [0, 30, 10, 119, 79]], device=DEVICE)
+    pooled = torchvision_ops.multilevel_roi_align(maps, rois, torch.tensor([0, 1]).to(DEVICE), (3, 3), SCALES, 2, False)
+    weight = torch.randn(pooled.shape, generator=generator).to(DEVICE)
+    expected = [pooled] if direction == "forward" else torch.autograd.grad(pooled, maps, weight)
+    defaults = {name: getattr(variant.module, name) for name in variant.constants}
+    with pytest.MonkeyPatch.context() as patch, variant.applied():
+        patch.setattr(tune_roi_align, "BOUNDS", (60.0, 1e9, 1e9))  # small RoIs of two levels
+        found = launch(direction, [x.detach() for x in maps], rois, weight, 3)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert {name: getattr(variant.module, name) for name in variant.constants} == defaults
+
+
+def test_the_first_variant_is_the_default() -> None:
+    for variants in (FORWARD, BACKWARD):
+        module, constants = variants[0]
+        assert {name: getattr(module, name) for name in constants} == constants
