@@ -62,17 +62,22 @@ def _overwritten() -> torch.Tensor:
     return torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
 
 
-def host_time(call: Callable[[], object], runs: int = 20) -> float:
-    """Seconds that the host needs for one `call`: on a GPU to launch it, and to wait for it where it does."""
+def host_time(call: Callable[[], object], runs: int = 20, seconds: float = SECONDS) -> float:
+    """Seconds that the host needs for one `call`: on a GPU to launch it, and to wait for it where it does.
+
+    The mean of `runs`, or of as many as fit into `seconds`.
+    """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     started = time.perf_counter()
-    for _ in range(runs):
+    done = 0
+    while done == 0 or (done < runs and time.perf_counter() - started < seconds):
         call()
-    elapsed = (time.perf_counter() - started) / runs
+        done += 1
+    elapsed = time.perf_counter() - started
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return elapsed
+    return elapsed / done
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:

@@ -86,7 +86,8 @@ def test_torchvision_does_synchronise(fake_cuda: None) -> None:
 
 def not_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the CPU take the way of a GPU: nothing trimmed, reference operations."""
-    for module in (fastmrcnn.batches, fastmrcnn.models.sampling, fastmrcnn.ops, fastmrcnn_kernels.torchvision_ops):
+    modules = [fastmrcnn.batches, fastmrcnn.models.sampling, fastmrcnn.ops.boxes, fastmrcnn.ops.masks]
+    for module in (*modules, fastmrcnn_kernels.torchvision_ops):
         monkeypatch.setattr(module, "on_host", lambda tensor: False)
 
 
