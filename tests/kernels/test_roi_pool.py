@@ -195,6 +195,17 @@ def test_deterministic_where_bins_crowd() -> None:
     torch.testing.assert_close(first[1].double(), exact, rtol=1e-4, atol=1e-4)
 
 
+def test_offsets_beyond_31_bits() -> None:
+    """Features of 2^31 elements and more: only the cells that are read are ever touched."""
+    side = 16_400  # one image alone is larger
+    maps = torch.empty(2, 8, side, side, dtype=torch.float16, device=DEVICE, memory_format=torch.channels_last)
+    assert maps[0].numel() > 2**31
+    maps[1, :, -12:, -12:] = torch.arange(12.0).to(DEVICE)  # by column
+    found = torch.tensor([[1, side - 9.0, side - 9, side - 4, side - 4]], device=DEVICE)
+    pooled = ops.roi_pool(maps, found, 2, impl="triton")
+    assert torch.equal(pooled.float(), torch.tensor([5.0, 8.0], device=DEVICE).expand(1, 8, 2, 2))
+
+
 def test_memory_layouts() -> None:
     maps = torch.randn(2, 5, 9, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     found = torch.tensor([[0, 1.0, 1, 4, 5], [1, -2, 3, 9, 9]], device=DEVICE)
