@@ -113,7 +113,7 @@ class Problem:
             assert_within_budget(one, other.to(one.dtype), oracle)
 
     def _by_torchvision(self, dtype: torch.dtype) -> list[Tensor]:
-        maps = [x.to(dtype).requires_grad_() for x in self.maps]
+        maps = [x.detach().to(dtype).requires_grad_() for x in self.maps]
         levels = assign_levels(self.rois[:, 1:], len(maps), 2, 224, 4)
         size = (self.case.bins, self.case.bins)
         pooled = torchvision_ops.multilevel_roi_align(maps, self.rois.to(dtype), levels, size, SCALES, 2, False)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import tune_roi_align
-from benchmarks.inputs import SCALES
-from benchmarks.tune_roi_align import BACKWARD, FORWARD, Variant, launch
+from benchmarks.inputs import SCALES, Pooling
+from benchmarks.tune_roi_align import BACKWARD, FORWARD, Problem, Variant, launch
 from fastmrcnn_kernels import torchvision_ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,3 +37,25 @@ def test_the_first_variant_is_the_default() -> None:
     for variants in (FORWARD, BACKWARD):
         module, constants = variants[0]
         assert {name: getattr(module, name) for name in constants} == constants
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_wrong_result_is_found(direction: str) -> None:
+    problem = Problem(direction, Pooling(1, 2, 2, (64, 64)), torch.bfloat16)
+    found = problem.launch()
+    problem.assert_equal_to_torchvision(found)
+    found[0][0, 0, 0, 0] += 1
+    with pytest.raises(AssertionError, match="exceeds the budget"):
+        problem.assert_equal_to_torchvision(found)
+
+
+def test_bytes() -> None:
+    """Of maps of 16 x 16, 8 x 8, 4 x 4 and 2 x 2 cells."""
+    case = Pooling(1, 2, 2, (64, 64))
+    cell, bins = 256 * 2, 2 * 2 * 2
+    moved = Problem("backward", case, torch.bfloat16).bytes_moved(BACKWARD[0])
+    assert moved["least"] == (16**2 + 8**2 + 4**2 + 2**2 + bins) * cell
+    assert bins * cell <= moved["read"] <= 4 * bins * cell
+    moved = Problem("forward", case, torch.bfloat16).bytes_moved(FORWARD[0])
+    assert moved["read"] == bins * 16 * cell
+    assert bins * cell < moved["least"] <= moved["each cell of a RoI once"] + bins * cell
