@@ -26,7 +26,7 @@ def test_detections(builder: str, photos: list[Tensor]) -> None:
     theirs, ours = pair(builder, photos, **FEW)
     with torch.inference_mode():
         expected, found = theirs(photos), ours(photos)
-        exact = [photo.double() for photo in photos]
+        exact = [photo.double() for photo in photos[:2]]  # float64 takes four times as long
         expected_exact, found_exact = theirs.double()(exact), ours.double()(exact)
     assert_same_form(expected, found)
     assert_same_form(expected_exact, found_exact)
@@ -38,7 +38,7 @@ def test_detections(builder: str, photos: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("builder", ["maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"])
 def test_nothing_found(builder: str, photos: list[Tensor]) -> None:
-    theirs, ours = pair(builder, photos, **FEW)
+    theirs, ours = pair(builder, photos[:1], **FEW)
     theirs.roi_heads.score_thresh = ours.roi_heads.score_thresh = 1.0
     with torch.inference_mode():
         expected, found = theirs(photos[:2]), ours(photos[:2])
