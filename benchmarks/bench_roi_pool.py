@@ -69,7 +69,10 @@ def test_roi_pool(
         assert_within_budget(found[0], other.to(dtype), exact)
 
     weight = torch.randn_like(pooled)
-    backward = lambda: torch.autograd.grad(pooled, features, weight, retain_graph=True)  # noqa: E731
+
+    def backward() -> Sequence[Tensor]:
+        return torch.autograd.grad(pooled, features, weight, retain_graph=True)
+
     timed(
         forward if direction == "forward" else backward,
         check_maxima if direction == "forward" else check_gradient,

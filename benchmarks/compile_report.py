@@ -170,10 +170,10 @@ def examine(launch: Launch, case: str, target: str) -> Report:
     limits = [BLOCKS_PER_SM, THREADS_PER_SM // threads, SHARED_PER_SM[target] // max(shared + 1024, 1)]
     registers_per_sm = REGISTERS_PER_SM * (2 if target.startswith("gfx") else 1)
     limits.append(registers_per_sm // (-(-max(found["registers"], 1) // 8) * 8 * threads))
-    problem = f"spills {found['spilled']} bytes" if found["spilled"] else ""
+    problems = [f"spills {found['spilled']} bytes"] if found["spilled"] else []
     if "fwd" in name and "float16" in case and "C=" not in case and found["load_bits"] < 128:
-        problem += f"reads features by {found['load_bits']} bits"
-    return Report(case, name, target, shared=shared, blocks=min(limits), problem=problem, **found)
+        problems.append(f"reads features by {found['load_bits']} bits")
+    return Report(case, name, target, shared=shared, blocks=min(limits), problem=", ".join(problems), **found)
 
 
 def measure_nvidia(binary: Any) -> dict[str, int]:

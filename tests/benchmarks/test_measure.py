@@ -1,37 +1,51 @@
-"""Times are those of the call, and of nothing else."""
+"""Times are those of the call, and of nothing else: by a clock that only the call moves."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from benchmarks import measure
 
-ON_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs no GPU: times are the host's there")
+Lasting = Callable[[float], Callable[[], None]]
 
 
-@ON_GPU
-def test_times() -> None:
-    seconds = measure.times(lambda: time.sleep(0.02), seconds=0.2)
-    assert 5 <= len(seconds) <= 10
-    assert all(0.02 <= s < 0.2 for s in seconds)
+@pytest.fixture
+def lasting(monkeypatch: pytest.MonkeyPatch) -> Lasting:
+    """Makes calls that last some seconds, on a machine without a GPU."""
+    now = [0.0]
+
+    def call_of(seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            now[0] += seconds
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    return call_of
 
 
-@ON_GPU
-def test_few_runs_of_what_takes_long_and_many_of_what_does_not() -> None:
-    assert len(measure.times(lambda: time.sleep(0.05), seconds=0.01)) == measure.RUNS[0]
-    assert len(measure.times(lambda: None)) == measure.RUNS[1]
+def test_times(lasting: Lasting) -> None:
+    assert measure.times(lasting(0.25), seconds=2.0) == [0.25] * 8
 
 
-def test_host_time() -> None:
-    calls = []
-    assert 0.01 <= measure.host_time(lambda: calls.append(time.sleep(0.01)), runs=3) < 0.1
-    assert len(calls) == 3
-    calls.clear()
-    measure.host_time(lambda: calls.append(time.sleep(0.01)), runs=1000, seconds=0.0)
-    assert len(calls) == 1
+def test_few_runs_of_what_takes_long_and_many_of_what_does_not(lasting: Lasting) -> None:
+    assert measure.times(lasting(100.0)) == [100.0] * measure.RUNS[0]
+    assert len(measure.times(lasting(2.0**-20))) == measure.RUNS[1]
+
+
+def test_host_time(lasting: Lasting) -> None:
+    done = []
+    call = lasting(0.125)
+    assert measure.host_time(lambda: done.append(call()), runs=3) == 0.125
+    assert len(done) == 3
+    assert measure.host_time(lambda: done.append(call()), runs=100, seconds=0.5) == 0.125
+    assert len(done) == 3 + 4
+    assert measure.host_time(lambda: done.append(call()), runs=100, seconds=0.0) == 0.125
+    assert len(done) == 3 + 4 + 1
 
 
 def test_percentiles_are_in_microseconds() -> None:
