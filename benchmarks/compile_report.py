@@ -32,6 +32,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
 from fastmrcnn_kernels.sampler import Sampler
+from fastmrcnn_kernels.triton.nms import sorted_nms
 from fastmrcnn_kernels.triton.roi_align import roi_align_forward
 from fastmrcnn_kernels.triton.roi_align_backward import roi_align_backward
 from fastmrcnn_kernels.triton.roi_pool import roi_pool_backward, roi_pool_forward
@@ -76,6 +77,13 @@ def roi_pool(dtype: torch.dtype) -> None:
     roi_pool_backward(pooled, position, rois, 2, 50, 84, 1 / 16)
 
 
+def nms(segments: int, num_boxes: int, max_keep: int, *, grouped: bool = False) -> None:
+    """Sorted segments, as the region proposal network has them, or one flat segment of several groups."""
+    boxes, alive = torch.empty(segments, num_boxes, 4), torch.ones(segments, num_boxes, dtype=torch.bool)
+    index = torch.empty(segments, num_boxes, dtype=torch.int64) if grouped else None
+    sorted_nms(boxes, alive, index, index, 0.7, max_keep)
+
+
 def _cases() -> dict[str, Callable[[], None]]:
     cases: dict[str, Callable[[], None]] = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -87,6 +95,10 @@ def _cases() -> dict[str, Callable[[], None]]:
         cases[f"{name} 7x7 corner"] = lambda d=dtype: roi_align(d, 7, corner=True)
         cases[f"{name} 7x7 C=100"] = lambda d=dtype: roi_align(d, 7, channels=100)
         cases[f"{name.replace('align', 'pool')} 7x7"] = lambda d=dtype: roi_pool(d)
+    cases["nms 5 x 1000"] = lambda: nms(5, 1000, 1000)
+    cases["nms 10 x 2000"] = lambda: nms(10, 2000, 2000)
+    cases["nms 5000 in groups"] = lambda: nms(1, 5_000, 5_000, grouped=True)
+    cases["nms 100 of 10000 in groups"] = lambda: nms(1, 10_000, 100, grouped=True)
     return cases
 
 

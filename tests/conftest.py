@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +16,21 @@ def patch_interpreter() -> None:
     """Halve the time that the interpreter takes.
 
     A device function called by another one patches Triton's language anew, which its caller has done already.  Only the
-    functions of Triton's own modules see it under another name; for those once is enough.
+    functions of Triton's own modules see it under another name; for those once is enough.  And unions of bits, which it
+    would compute by calling a function per element, are NumPy's.
     """
+    import numpy as np
+    import triton.language as tl
     from triton.runtime import interpreter
+
+    def reduce(self: interpreter.ReduceOps, tensors: Any) -> Any:
+        if self.combine_fn is not tl.standard._or_combine:
+            return any_reduce(self, tensors)
+        union = np.bitwise_or.reduce(tensors[0].handle.data, axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(union, tensors[0].dtype)
+
+    any_reduce = interpreter.ReduceOps.generic_reduce
+    interpreter.ReduceOps.generic_reduce = reduce
 
     patched = set()
 
@@ -36,6 +50,15 @@ if not torch.cuda.is_available():
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("default")
+
+
+@pytest.fixture(scope="module")
+def poisoned() -> Iterator[None]:
+    """What is allocated and not written holds NaN, or the largest number, so that no result may depend on it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -83,9 +83,9 @@ class Segments(NamedTuple):
 
 
 @st.composite
-def segments(draw: st.DrawFn) -> Segments:
-    """Segments of up to 40 slots, boxes and scores as hostile as they come; padding is NaN, infinite or huge."""
-    count, slots = draw(st.integers(1, 4)), draw(st.integers(1, 40))
+def segments(draw: st.DrawFn, most: int = 40) -> Segments:
+    """Segments of up to `most` slots, boxes and scores as hostile as they come; padding is NaN, infinite or huge."""
+    count, slots = draw(st.integers(1, 4)), draw(st.integers(1, most))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     all_boxes = draw(boxes(count * slots, extent=24.0, not_finite=True)).view(count, slots, 4)
     all_scores = draw(scores(count * slots)).view(count, slots)

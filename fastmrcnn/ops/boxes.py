@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmrcnn.ops.checks import check
-from fastmrcnn.ops.implementations import Impl, choose
+from fastmrcnn.ops.checks import check, widen
+from fastmrcnn.ops.implementations import Impl, choose, choose_kernel
 from fastmrcnn_kernels.host import on_host
 
 
@@ -20,7 +20,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, impl: Impl = "au
     """
     check("boxes", boxes, None, 4)
     check("scores", scores, len(boxes))
-    return choose("nms", impl, "torchvision")(boxes, scores, iou_threshold)
+    boxes = widen(boxes)
+    _, run = choose_kernel("nms", impl, boxes, "torchvision", "boxes")
+    return run(boxes, scores, iou_threshold)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, impl: Impl = "auto") -> Tensor:
@@ -31,7 +33,9 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     check("boxes", boxes, None, 4)
     check("scores", scores, len(boxes))
     check("idxs", idxs, len(boxes), floating=False)
-    return choose("batched_nms", impl, "torchvision")(boxes, scores, idxs, iou_threshold)
+    boxes = widen(boxes)
+    _, run = choose_kernel("batched_nms", impl, boxes, "torchvision", "boxes")
+    return run(boxes, scores, idxs, iou_threshold)
 
 
 def padded_nms(
@@ -41,6 +45,8 @@ def padded_nms(
     iou_threshold: float,
     max_keep: int,
     *,
+    groups: Tensor | None = None,
+    presorted: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`nms` of many segments at once, each with its own number of boxes; results stay on the device.
@@ -52,6 +58,8 @@ def padded_nms(
             hold, NaN included, has no influence.
         iou_threshold: overlaps above it suppress.
         max_keep: at most so many boxes are kept per segment, those of highest score.
+        groups: only boxes with the same number, int64 [S, K], suppress each other; by default all do.
+        presorted: the boxes of each segment come by descending score, and `scores` need not be looked at.
 
     Returns:
         Indices into the K slots, int64 [S, max_keep], by descending score (equal scores by index), -1 after the last;
@@ -65,8 +73,12 @@ def padded_nms(
     check("valid", valid, *boxes.shape[:2], dtype=torch.bool)
     if max_keep < 0:
         raise ValueError(f"max_keep={max_keep}: expected 0 or more")
-    run = choose("padded_nms", impl, "torchvision" if on_host(boxes) else "reference")
-    return run(boxes, scores, valid, iou_threshold, max_keep)
+    if groups is not None:
+        check("groups", groups, *boxes.shape[:2], dtype=torch.int64)
+    boxes = widen(boxes)
+    without_kernel = "torchvision" if on_host(boxes) else "reference"
+    _, run = choose_kernel("padded_nms", impl, boxes, without_kernel, "boxes")
+    return run(boxes, scores, valid, iou_threshold, max_keep, groups=groups, presorted=presorted)
 
 
 def decode_proposals(

@@ -34,6 +34,11 @@ def check(
         raise TypeError(f"{name}: expected floating point, got {tensor.dtype}")
 
 
+def widen(boxes: Tensor) -> Tensor:
+    """`boxes` in float32 if they have 16 bits, too few for pixels."""
+    return boxes if boxes.dtype in (torch.float32, torch.float64) else boxes.float()
+
+
 def check_pyramid(features: Sequence[Tensor]) -> None:
     """Raise unless `features` are maps [N, C, Hl, Wl] of one floating dtype, with N and C in common.
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import torchvision
 from torch import Tensor
 from torchvision.models.detection import roi_heads as torchvision_heads
 
@@ -40,9 +39,17 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "torchvision": torchvision_ops.roi_pool,
         "triton": library.roi_pool,
     },
-    "nms": {"reference": reference_nms.nms, "torchvision": torchvision.ops.nms},
-    "batched_nms": {"reference": reference_nms.batched_nms, "torchvision": torchvision_ops.batched_nms},
-    "padded_nms": {"reference": reference_nms.padded_nms, "torchvision": torchvision_ops.padded_nms},
+    "nms": {"reference": reference_nms.nms, "torchvision": torchvision_ops.nms, "triton": library.nms},
+    "batched_nms": {
+        "reference": reference_nms.batched_nms,
+        "torchvision": torchvision_ops.batched_nms,
+        "triton": library.batched_nms,
+    },
+    "padded_nms": {
+        "reference": reference_nms.padded_nms,
+        "torchvision": torchvision_ops.padded_nms,
+        "triton": library.padded_nms,
+    },
     "decode_proposals": {"reference": reference_boxes.decode_proposals},
     "paste_masks": {"reference": reference_paste.paste_masks, "torchvision": torchvision_ops.paste_masks},
     "heatmaps_to_keypoints": {
@@ -64,14 +71,16 @@ def choose(op: str, impl: str, auto: str) -> Callable[..., Any]:
     return available[name]
 
 
-def choose_pooling(op: str, impl: str, features: Tensor, without_kernel: str) -> tuple[str, Callable[..., Any]]:
-    """Name and function of the implementation that pools `features`: `"auto"` is the kernel where it runs.
+def choose_kernel(
+    op: str, impl: str, tensor: Tensor, without_kernel: str, name: str = "features"
+) -> tuple[str, Callable[..., Any]]:
+    """Name and function of the implementation for inputs like `tensor`: `"auto"` is the kernel where it runs.
 
-    TypeError if the kernel is asked for and `features` are of no dtype that it has.
+    TypeError if the kernel is asked for and `tensor`, the argument `name`, is of no dtype that it has.
     """
-    if impl == "triton" and features.dtype not in _KERNEL_DTYPES:
-        raise TypeError(f"impl='triton': expected float32, float16 or bfloat16 features, got {features.dtype}")
+    if impl == "triton" and tensor.dtype not in _KERNEL_DTYPES:
+        raise TypeError(f"impl='triton': expected float32, float16 or bfloat16 {name}, got {tensor.dtype}")
     if impl == "auto":
-        runs = features.is_cuda and features.dtype in _KERNEL_DTYPES and _HAS_TRITON
+        runs = tensor.is_cuda and tensor.dtype in _KERNEL_DTYPES and _HAS_TRITON
         impl = "triton" if runs else without_kernel
     return impl, choose(op, impl, impl)

@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor
 
 from fastmrcnn.ops.checks import as_rois, check, check_pyramid, pair
-from fastmrcnn.ops.implementations import Impl, choose_pooling
+from fastmrcnn.ops.implementations import Impl, choose_kernel
 from fastmrcnn_kernels.reference.roi_align import assign_levels
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -29,7 +29,7 @@ def _choose_sampler(
     usual = interpolation == "bilinear" and sampling == "average"
     if impl == "torchvision" and not usual:
         raise NotImplementedError("impl='torchvision' has interpolation='bilinear' with sampling='average' only")
-    return choose_pooling(op, impl, features, "torchvision" if usual else "reference")
+    return choose_kernel(op, impl, features, "torchvision" if usual else "reference")
 
 
 def roi_align(
@@ -141,7 +141,7 @@ def roi_pool(
         that.  The gradient goes to the first of equal cells, row by row.
     """
     check("input", input, None, None, None, None)
-    _, run = choose_pooling("roi_pool", impl, input, "torchvision")
+    _, run = choose_kernel("roi_pool", impl, input, "torchvision")
     return run(input, as_rois(boxes), pair(output_size, "output_size"), spatial_scale)
 
 

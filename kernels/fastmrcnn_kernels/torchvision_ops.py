@@ -71,25 +71,44 @@ def multilevel_roi_align(
     return pooled
 
 
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """`torchvision.ops.nms`, which wants one dtype, of boxes and scores of any."""
+    dtype = torch.promote_types(boxes.dtype, scores.dtype)
+    return torchvision.ops.nms(boxes.to(dtype), scores.to(dtype), iou_threshold)
+
+
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """`torchvision.ops.nms` group by group: exact, where `torchvision.ops.batched_nms` moves boxes and rounds them."""
     keep = torch.zeros_like(scores, dtype=torch.bool)
     for group in idxs.unique().tolist():
         members = (idxs == group).nonzero().flatten()
-        keep[members[torchvision.ops.nms(boxes[members], scores[members], iou_threshold)]] = True
+        keep[members[nms(boxes[members], scores[members], iou_threshold)]] = True
     kept = keep.nonzero().flatten()
     return kept[scores[kept].sort(descending=True, stable=True).indices]
 
 
 def padded_nms(
-    boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, max_keep: int
+    boxes: Tensor,
+    scores: Tensor,
+    valid: Tensor,
+    iou_threshold: float,
+    max_keep: int,
+    *,
+    groups: Tensor | None = None,
+    presorted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`torchvision.ops.nms` segment by segment; synchronises once per segment on a GPU."""
+    if presorted:
+        scores = torch.arange(scores.shape[1], 0, -1, device=scores.device).to(boxes.dtype).expand_as(scores)
     indices = torch.full((len(boxes), max_keep), -1, dtype=torch.int64, device=boxes.device)
     count = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     for segment in valid.any(dim=1).nonzero().flatten().tolist():
         candidates = valid[segment].nonzero().flatten()
-        kept = torchvision.ops.nms(boxes[segment, candidates], scores[segment, candidates], iou_threshold)[:max_keep]
+        its_boxes, its_scores = boxes[segment, candidates], scores[segment, candidates]
+        if groups is None:
+            kept = nms(its_boxes, its_scores, iou_threshold)[:max_keep]
+        else:
+            kept = batched_nms(its_boxes, its_scores, groups[segment, candidates], iou_threshold)[:max_keep]
         indices[segment, : len(kept)] = candidates[kept]
         count[segment] = len(kept)
     return indices, count

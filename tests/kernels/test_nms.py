@@ -1,30 +1,46 @@
-"""Non-maximum suppression: reference and torchvision's kernel against a greedy loop in plain Python."""
+"""Non-maximum suppression: every implementation against a greedy loop in plain Python."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torchvision
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from strategies import Segments, boxes, scores, segments
 from torch import Tensor
 
 from fastmrcnn import ops
 from fastmrcnn_kernels.reference.boxes import pairwise_iou
+from fastmrcnn_kernels.triton import nms as triton_nms
+from fastmrcnn_kernels.triton import nms_matrix
 
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy, in the interpreter, of NaN boxes
+]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXAMPLES = 200 if torch.cuda.is_available() else 12  # the interpreter takes 50 ms per program
+PHASES = tuple(Phase) if torch.cuda.is_available() else (Phase.explicit, Phase.generate)  # shrinking takes minutes
 IMPLEMENTATIONS: list[ops.Impl] = ["reference", "torchvision"]
+KERNELS = ["matrix", "panels", "stream"]
+PANELS = {"panels": 64, "large panels": 1024}
+ALL = [*IMPLEMENTATIONS, *KERNELS]
 THRESHOLDS = [0.0, 0.35, 0.5, 0.7, 1.0]
 """Of which none is rounded up in float32: see `test_threshold_is_rounded_as_the_boxes_are`."""
 
 
-def greedy(found: Tensor, values: Tensor, threshold: float) -> list[int]:
-    """The definition: by descending score (NaN first, ties by index), drop what overlaps something kept."""
+def greedy(found: Tensor, values: Tensor, threshold: float, groups: Tensor | None = None) -> list[int]:
+    """The definition: by descending score (NaN first, ties by index), drop what overlaps a kept one of its group."""
     numbers = [math.inf if math.isnan(v) else v for v in values.tolist()]
     order = sorted(range(len(numbers)), key=lambda i: (not values[i].isnan(), -numbers[i], i))
-    above = (pairwise_iou(found, found) > threshold).tolist()
+    above = pairwise_iou(found, found) > threshold
+    above = (above if groups is None else above & (groups[:, None] == groups)).tolist()
     kept: list[int] = []
     for i in order:
         if not any(above[j][i] for j in kept):
@@ -32,67 +48,134 @@ def greedy(found: Tensor, values: Tensor, threshold: float) -> list[int]:
     return kept
 
 
-def check_padded(case: Segments, threshold: float, max_keep: int, impl: ops.Impl) -> None:
-    indices, count = ops.padded_nms(*case, threshold, max_keep, impl=impl)
+@contextmanager
+def implementation(name: str) -> Iterator[tuple[ops.Impl, str]]:
+    """Value of `impl`, and the device it runs on; each of the kernels is made the one of choice."""
+    constants = triton_nms.STREAM_FROM, triton_nms.STREAM_AT_MOST, nms_matrix.PANEL
+    kernel = name in (*KERNELS, *PANELS)
+    if kernel:
+        triton_nms.STREAM_FROM = 1 if name == "stream" else 1 << 30
+        triton_nms.STREAM_AT_MOST = 1 << 30
+        nms_matrix.PANEL = PANELS.get(name, 4096)
+    try:
+        yield ("triton", DEVICE) if kernel else (name, "cpu")
+    finally:
+        triton_nms.STREAM_FROM, triton_nms.STREAM_AT_MOST, nms_matrix.PANEL = constants
+
+
+def run_padded(
+    name: str, case: Segments, threshold: float, max_keep: int, groups: Tensor | None = None, *, presorted: bool = False
+) -> tuple[Tensor, Tensor]:
+    with implementation(name) as (impl, device):
+        found, values, valid = (x.to(device) for x in case)
+        groups = None if groups is None else groups.to(device)
+        indices, count = ops.padded_nms(
+            found, values, valid, threshold, max_keep, groups=groups, presorted=presorted, impl=impl
+        )
+    return indices.cpu(), count.cpu()
+
+
+def run_nms(name: str, found: Tensor, values: Tensor, threshold: float) -> Tensor:
+    with implementation(name) as (impl, device):
+        return ops.nms(found.to(device), values.to(device), threshold, impl=impl).cpu()
+
+
+def run_batched(name: str, found: Tensor, values: Tensor, groups: Tensor, threshold: float) -> Tensor:
+    with implementation(name) as (impl, device):
+        return ops.batched_nms(found.to(device), values.to(device), groups.to(device), threshold, impl=impl).cpu()
+
+
+def check_padded(name: str, case: Segments, threshold: float, max_keep: int, groups: Tensor | None = None) -> None:
+    indices, count = run_padded(name, case, threshold, max_keep, groups)
     assert indices.shape == (len(case.boxes), max_keep)
     for s in range(len(case.boxes)):
         used = case.valid[s].nonzero().flatten()
-        expected = used[greedy(case.boxes[s, used], case.scores[s, used], threshold)].tolist()[:max_keep]
+        its_groups = None if groups is None else groups[s, used]
+        expected = used[greedy(case.boxes[s, used], case.scores[s, used], threshold, its_groups)].tolist()[:max_keep]
         assert count[s] == len(expected)
         assert indices[s].tolist() == expected + [-1] * (max_keep - len(expected))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@given(case=segments(), threshold=st.sampled_from(THRESHOLDS), max_keep=st.integers(0, 45))
-def test_padded_nms_is_greedy(impl: ops.Impl, case: Segments, threshold: float, max_keep: int) -> None:
-    """Whatever the padding holds."""
-    check_padded(case, threshold, max_keep, impl)
+def numbered(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Groups -2 .. 2, one of them beyond 32 bits."""
+    groups = torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.where(groups == 2, (1 << 32) - 2, groups)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("slots", [1, 31, 32, 33, 63, 64, 65])
-def test_sizes_around_words(impl: ops.Impl, slots: int) -> None:
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@given(
+    case=segments(),
+    threshold=st.sampled_from(THRESHOLDS),
+    max_keep=st.integers(0, 45),
+    seed=st.none() | st.integers(0, 1000),
+)
+def test_padded_nms_is_greedy(name: str, case: Segments, threshold: float, max_keep: int, seed: int | None) -> None:
+    """Whatever the padding holds; with groups and without."""
+    check_padded(name, case, threshold, max_keep, None if seed is None else numbered(tuple(case.valid.shape), seed))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@settings(max_examples=EXAMPLES, phases=PHASES)
+@given(
+    case=segments(150),
+    threshold=st.sampled_from(THRESHOLDS),
+    max_keep=st.integers(0, 160),
+    seed=st.none() | st.integers(0, 1000),
+)
+def test_kernels_are_greedy(name: str, case: Segments, threshold: float, max_keep: int, seed: int | None) -> None:
+    check_padded(name, case, threshold, max_keep, None if seed is None else numbered(tuple(case.valid.shape), seed))
+
+
+def crowd(segments: int, slots: int, extent: float = 20.0) -> Segments:
+    """Segments of overlapping boxes 10 pixels wide, all valid."""
     generator = torch.Generator().manual_seed(slots)
-    start = torch.rand(2, slots, 2, generator=generator) * 20
+    start = torch.rand(segments, slots, 2, generator=generator) * extent
     found = torch.cat((start, start + 10), dim=2)
-    check_padded(
-        Segments(found, torch.rand(2, slots, generator=generator), torch.ones(2, slots, dtype=torch.bool)),
-        0.5,
-        slots,
-        impl,
-    )
+    values = torch.rand(segments, slots, generator=generator)
+    return Segments(found, values, torch.ones(segments, slots, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_chain(impl: ops.Impl) -> None:
-    """Each box would suppress the next, so every other one stays."""
-    x = torch.arange(40.0) * 4
-    found = torch.stack((x, torch.zeros(40), x + 10, torch.full((40,), 10.0)), dim=1)
-    scores = torch.linspace(1, 0.1, 40)
-    assert ops.nms(found, scores, 0.4, impl=impl).tolist() == list(range(0, 40, 2))
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("slots", [1, 31, 32, 33, 63, 64, 65])
+def test_sizes_around_words(name: str, slots: int) -> None:
+    check_padded(name, crowd(2, slots), 0.5, slots)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_identical_boxes_and_scores(impl: ops.Impl) -> None:
-    found = torch.tensor([[1.0, 1, 5, 5]]).expand(33, 4)
-    assert ops.nms(found, torch.ones(33), 0.5, impl=impl).tolist() == [0]
-    assert ops.nms(found, torch.ones(33), 1.0, impl=impl).tolist() == list(range(33))
+@pytest.mark.parametrize("name", ["torchvision", "large panels", "stream"])
+def test_one_box_beyond_whole_panels(name: str) -> None:
+    """4,097 boxes in a crowd."""
+    check_padded(name, crowd(1, 4097, extent=150.0), 0.3, 4097)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_overlap_at_the_threshold(impl: ops.Impl) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_chain(name: str) -> None:
+    """Each box would suppress the next, so every other one stays; across blocks and panels."""
+    x = torch.arange(140.0) * 4
+    found = torch.stack((x, torch.zeros(140), x + 10, torch.full((140,), 10.0)), dim=1)
+    assert run_nms(name, found, torch.linspace(1, 0.1, 140), 0.4).tolist() == list(range(0, 140, 2))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_identical_boxes_and_scores(name: str) -> None:
+    found = torch.tensor([[1.0, 1, 5, 5]]).expand(70, 4)
+    assert run_nms(name, found, torch.ones(70), 0.5).tolist() == [0]
+    assert run_nms(name, found, torch.ones(70), 1.0).tolist() == list(range(70))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_overlap_at_the_threshold(name: str) -> None:
     """Above the threshold suppresses, at the threshold does not."""
     found = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5]])
     scores = torch.tensor([0.9, 0.8])
     below = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0)).item()
     above = torch.nextafter(torch.tensor(0.5), torch.tensor(1.0)).item()
-    assert ops.nms(found, scores, 0.5, impl=impl).tolist() == [0, 1]
-    assert ops.nms(found, scores, below, impl=impl).tolist() == [0]
-    assert ops.nms(found, scores, above, impl=impl).tolist() == [0, 1]
+    assert run_nms(name, found, scores, 0.5).tolist() == [0, 1]
+    assert run_nms(name, found, scores, below).tolist() == [0]
+    assert run_nms(name, found, scores, above).tolist() == [0, 1]
     found[1, 3] = torch.nextafter(found[1, 3], torch.tensor(torch.inf))  # an IoU one unit above 0.5
-    assert ops.nms(found, scores, 0.5, impl=impl).tolist() == [0]
+    assert run_nms(name, found, scores, 0.5).tolist() == [0]
     found[1, 3] = torch.nextafter(torch.tensor(5.0), torch.tensor(0.0))
-    assert ops.nms(found, scores, 0.5, impl=impl).tolist() == [0, 1]
+    assert run_nms(name, found, scores, 0.5).tolist() == [0, 1]
 
 
 def test_threshold_is_rounded_as_the_boxes_are() -> None:
@@ -103,30 +186,80 @@ def test_threshold_is_rounded_as_the_boxes_are() -> None:
     found, values = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 4]]), torch.tensor([0.9, 0.8])
     assert ops.nms(found, values, 0.4, impl="reference").tolist() == [0, 1]
     assert ops.nms(found, values, 0.4, impl="torchvision").tolist() == [0]
+    for name in KERNELS:
+        assert run_nms(name, found, values, 0.4).tolist() == [0, 1]
     for impl in IMPLEMENTATIONS:
         assert ops.nms(found.double(), values.double(), 0.4, impl=impl).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_segments_without_boxes(impl: ops.Impl) -> None:
-    nothing = torch.zeros(3, 5, dtype=torch.bool)
-    indices, count = ops.padded_nms(torch.full((3, 5, 4), torch.nan), torch.rand(3, 5), nothing, 0.5, 4, impl=impl)
+@pytest.mark.parametrize("name", ALL)
+def test_segments_without_boxes(name: str) -> None:
+    nothing = Segments(torch.full((3, 5, 4), torch.nan), torch.rand(3, 5), torch.zeros(3, 5, dtype=torch.bool))
+    indices, count = run_padded(name, nothing, 0.5, 4)
     assert (indices == -1).all()
     assert (count == 0).all()
-    empty = torch.zeros(2, 0, dtype=torch.bool)
-    indices, count = ops.padded_nms(torch.zeros(2, 0, 4), torch.zeros(2, 0), empty, 0.5, 0, impl=impl)
-    assert indices.shape == (2, 0)
+    empty = Segments(torch.zeros(2, 0, 4), torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.bool))
+    assert run_padded(name, empty, 0.5, 0)[0].shape == (2, 0)
+    indices, count = run_padded(name, empty, 0.5, 3)
+    assert indices.tolist() == [[-1, -1, -1]] * 2
+    assert count.tolist() == [0, 0]
+    none = Segments(torch.zeros(0, 5, 4), torch.zeros(0, 5), torch.zeros(0, 5, dtype=torch.bool))
+    assert run_padded(name, none, 0.5, 3)[0].shape == (0, 3)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @given(case=segments())
-def test_counts_are_a_mask(impl: ops.Impl, case: Segments) -> None:
+def test_counts_are_a_mask(name: str, case: Segments) -> None:
     counts = case.valid.sum(dim=1)
     mask = torch.arange(case.valid.shape[1]) < counts[:, None]
     clean = torch.where(mask[..., None], case.boxes.nan_to_num(0, 0, 0), 0)
-    by_count = ops.padded_nms(clean, case.scores, counts, 0.5, 9, impl=impl)
-    by_mask = ops.padded_nms(clean, case.scores, mask, 0.5, 9, impl=impl)
+    by_count = run_padded(name, Segments(clean, case.scores, counts), 0.5, 9)
+    by_mask = run_padded(name, Segments(clean, case.scores, mask), 0.5, 9)
     assert all(torch.equal(a, b) for a, b in zip(by_count, by_mask, strict=True))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_presorted_boxes_keep_their_order(name: str) -> None:
+    """What the scores say is not looked at, padding may lie between the boxes, and arguments are not written to."""
+    case = crowd(2, 70)
+    order = case.scores.sort(dim=1, descending=True).indices
+    found = case.boxes.gather(1, order[..., None].expand_as(case.boxes))
+    valid = torch.rand(2, 70, generator=torch.Generator().manual_seed(1)) < 0.8
+    expected = run_padded("reference", Segments(found, case.scores.gather(1, order), valid), 0.3, 20)
+    unread = Segments(torch.where(valid[..., None], found, torch.nan), torch.full((2, 70), torch.nan), valid)
+    before = valid.clone()
+    result = run_padded(name, unread, 0.3, 20, presorted=True)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert torch.equal(valid, before)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_boxes_of_16_bits_are_compared_in_float32(name: str, dtype: torch.dtype) -> None:
+    """In float16 the area of 300 x 300 pixels is infinite."""
+    case = crowd(1, 40)
+    found, values = (case.boxes[0] * 30).to(dtype), case.scores[0].to(dtype)
+    assert run_nms(name, found, values, 0.5).tolist() == greedy(found.float(), values.float(), 0.5)
+
+
+def test_strided_inputs() -> None:
+    """Boxes by coordinate, scores and groups as views."""
+    case, groups = crowd(2, 40), numbered((40, 2), 3).mT
+    by_coordinate = case.boxes.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    strided = Segments(by_coordinate, case.scores.mT.contiguous().mT, case.valid)
+    for name in KERNELS:
+        found = run_padded(name, strided, 0.4, 30, groups)
+        expected = run_padded("reference", case, 0.4, 30, groups)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: programs that race")
+@pytest.mark.parametrize("name", KERNELS)
+def test_deterministic(name: str) -> None:
+    case = crowd(8, 3000, extent=200.0)
+    expected = run_padded(name, case, 0.4, 200)
+    for _ in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(run_padded(name, case, 0.4, 200), expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -135,8 +268,8 @@ def test_nms_equals_torchvision(dtype: torch.dtype, found: Tensor, values: Tenso
     found, values = found.to(dtype), values.to(dtype)
     expected = torchvision.ops.nms(found, values, 0.35)
     assert expected.tolist() == greedy(found, values, 0.35)
-    for impl in IMPLEMENTATIONS:
-        assert torch.equal(ops.nms(found, values, 0.35, impl=impl), expected)
+    for name in IMPLEMENTATIONS:
+        assert torch.equal(run_nms(name, found, values, 0.35), expected)
 
 
 @given(found=boxes(24, extent=30.0, not_finite=True), values=scores(24), seed=st.integers(0, 1000))
@@ -144,8 +277,8 @@ def test_batched_nms_is_nms_of_each_group(found: Tensor, values: Tensor, seed: i
     groups = torch.randint(-2, 3, (24,), generator=torch.Generator().manual_seed(seed))
     kept = torch.tensor([i for g in groups.unique() for i in _members(found, values, groups == g)]).sort().values
     expected = kept[values[kept].sort(descending=True, stable=True).indices].tolist()
-    for impl in IMPLEMENTATIONS:
-        assert ops.batched_nms(found, values, groups, 0.35, impl=impl).tolist() == expected
+    for name in IMPLEMENTATIONS:
+        assert run_batched(name, found, values, groups, 0.35).tolist() == expected
 
 
 @given(seed=st.integers(0, 2**31))
@@ -156,25 +289,26 @@ def test_batched_nms_equals_torchvision(seed: int) -> None:
     found = torch.cat((start, start + torch.randint(1, 20, (30, 2), generator=generator)), dim=1).float()
     values, groups = torch.rand(30, generator=generator), torch.randint(0, 4, (30,), generator=generator)
     expected = torchvision.ops.batched_nms(found, values, groups, 0.35)
-    for impl in IMPLEMENTATIONS:
-        assert torch.equal(ops.batched_nms(found, values, groups, 0.35, impl=impl), expected)
+    for name in IMPLEMENTATIONS:
+        assert torch.equal(run_batched(name, found, values, groups, 0.35), expected)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_at_most_so_many(impl: ops.Impl) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_at_most_so_many(name: str) -> None:
     """None, one, and as many as there are: always those of highest score."""
     found = torch.arange(6.0)[:, None] * 20 + torch.tensor([0.0, 0, 10, 10])
     values = torch.tensor([[0.1, 0.9, 0.9, 0.3, 0.8, 0.2]])
     for most in (0, 1, 3, 6):
-        indices, count = ops.padded_nms(found[None], values, torch.tensor([6]), 0.5, most, impl=impl)
+        indices, count = run_padded(name, Segments(found[None], values, torch.tensor([6])), 0.5, most)
         assert indices.dtype == count.dtype == torch.int64
         assert indices.tolist() == [[1, 2, 4, 3, 5, 0][:most]]
         assert count.tolist() == [most]
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=EXAMPLES, phases=PHASES)
 @given(case=segments())
-def test_padding_changes_nothing(impl: ops.Impl, case: Segments) -> None:
+def test_padding_changes_nothing(name: str, case: Segments) -> None:
     """Nor do boxes in the padding that would win: they overlap everything, with the highest of scores."""
     wins = torch.tensor([0.0, 0, 24, 24]).expand_as(case.boxes)
     tempting = Segments(
@@ -182,15 +316,15 @@ def test_padding_changes_nothing(impl: ops.Impl, case: Segments) -> None:
         case.scores.masked_fill(~case.valid, torch.inf),
         case.valid,
     )
-    expected = ops.padded_nms(*case, 0.1, 9, impl=impl)
-    assert all(torch.equal(a, b) for a, b in zip(ops.padded_nms(*tempting, 0.1, 9, impl=impl), expected, strict=True))
+    expected = run_padded(name, case, 0.1, 9)
+    assert all(torch.equal(a, b) for a, b in zip(run_padded(name, tempting, 0.1, 9), expected, strict=True))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_no_boxes(impl: ops.Impl) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_no_boxes(name: str) -> None:
     none = torch.zeros(0, 4)
-    assert ops.nms(none, none[:, 0], 0.5, impl=impl).tolist() == []
-    assert ops.batched_nms(none, none[:, 0], none[:, 0].long(), 0.5, impl=impl).tolist() == []
+    assert run_nms(name, none, none[:, 0], 0.5).tolist() == []
+    assert run_batched(name, none, none[:, 0], none[:, 0].long(), 0.5).tolist() == []
 
 
 def _members(found: Tensor, scores: Tensor, mask: Tensor) -> list[int]:
@@ -204,6 +338,6 @@ def test_far_away_boxes_keep_their_overlap() -> None:
     found, scores = a.repeat(40, 1), torch.linspace(1, 0.5, 80)
     groups = torch.arange(40).repeat_interleave(2)
     expected = [i for g in range(40) for i in _members(found, scores, groups == g)]
-    for impl in IMPLEMENTATIONS:
-        assert ops.batched_nms(found, scores, groups, 0.35, impl=impl).tolist() == sorted(expected)
+    for name in ALL:
+        assert run_batched(name, found, scores, groups, 0.35).tolist() == sorted(expected)
     assert torchvision.ops.batched_nms(found, scores, groups, 0.35).tolist() != sorted(expected)

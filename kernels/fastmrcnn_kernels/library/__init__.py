@@ -4,7 +4,8 @@ That makes them visible to autograd, `torch.compile`, `torch.export` and fake te
 features stay 16-bit and boxes float32.  Triton itself is imported at the first call.
 """
 
+from fastmrcnn_kernels.library.nms import batched_nms, nms, padded_nms
 from fastmrcnn_kernels.library.roi_align import multilevel_roi_align, roi_align
 from fastmrcnn_kernels.library.roi_pool import roi_pool
 
-__all__ = ["multilevel_roi_align", "roi_align", "roi_pool"]
+__all__ = ["batched_nms", "multilevel_roi_align", "nms", "padded_nms", "roi_align", "roi_pool"]

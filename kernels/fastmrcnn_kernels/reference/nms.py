@@ -9,16 +9,28 @@ from fastmrcnn_kernels.reference.boxes import pairwise_iou
 
 
 def padded_nms(
-    boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, max_keep: int
+    boxes: Tensor,
+    scores: Tensor,
+    valid: Tensor,
+    iou_threshold: float,
+    max_keep: int,
+    *,
+    groups: Tensor | None = None,
+    presorted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `fastmrcnn.ops.padded_nms`; `valid` is the bool mask [S, K]."""
-    order = scores.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    slots = torch.arange(boxes.shape[1], device=boxes.device)
+    order = slots.expand_as(valid)
+    if not presorted:
+        order = scores.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     boxes = boxes.gather(1, order[..., None].expand_as(boxes))
     alive = valid.gather(1, order)
-    later = torch.arange(boxes.shape[1], device=boxes.device)
+    groups = None if groups is None else groups.gather(1, order)
     for i in range(boxes.shape[1]):
-        iou = pairwise_iou(boxes[:, i : i + 1], boxes).squeeze(1)
-        alive = alive & ~(alive[:, i : i + 1] & (iou > iou_threshold) & (later > i))
+        overlaps = pairwise_iou(boxes[:, i : i + 1], boxes).squeeze(1) > iou_threshold
+        if groups is not None:
+            overlaps = overlaps & (groups == groups[:, i : i + 1])
+        alive = alive & ~(alive[:, i : i + 1] & overlaps & (slots > i))
     return compact(order, alive, max_keep)
 
 
@@ -29,14 +41,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """See `fastmrcnn.ops.batched_nms`: one segment, in which only boxes of the same group suppress each other."""
-    order = scores.sort(descending=True, stable=True).indices
-    boxes, idxs = boxes[order], idxs[order]
-    alive = torch.ones_like(idxs, dtype=torch.bool)
-    later = torch.arange(len(boxes), device=boxes.device)
-    for i in range(len(boxes)):
-        iou = pairwise_iou(boxes[i : i + 1], boxes).squeeze(0)
-        alive = alive & ~(alive[i] & (iou > iou_threshold) & (idxs == idxs[i]) & (later > i))
-    return order[alive]
+    valid = torch.ones_like(idxs, dtype=torch.bool)[None]
+    kept, _ = padded_nms(boxes[None], scores[None], valid, iou_threshold, len(boxes), groups=idxs[None])
+    return kept[kept >= 0]
 
 
 def compact(values: Tensor, keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
