@@ -32,10 +32,15 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
 from fastmrcnn_kernels.sampler import Sampler
+from fastmrcnn_kernels.triton.box_coding import decode_boxes, decode_proposals, encode_boxes
+from fastmrcnn_kernels.triton.detections import select_detections
+from fastmrcnn_kernels.triton.merge import merge_levels
 from fastmrcnn_kernels.triton.nms import sorted_nms
 from fastmrcnn_kernels.triton.roi_align import roi_align_forward
 from fastmrcnn_kernels.triton.roi_align_backward import roi_align_backward
 from fastmrcnn_kernels.triton.roi_pool import roi_pool_backward, roi_pool_forward
+from fastmrcnn_kernels.triton.soft_nms import padded_soft_nms
+from fastmrcnn_kernels.triton.topk import topk_anchors
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -84,6 +89,39 @@ def nms(segments: int, num_boxes: int, max_keep: int, *, grouped: bool = False) 
     sorted_nms(boxes, alive, index, index, 0.7, max_keep)
 
 
+def proposals(dtype: torch.dtype) -> None:
+    """Top-k and decoding of the five levels of an 800 x 1344 canvas, and their merging."""
+    shapes = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]
+    logits, deltas = ([torch.empty(1, a, *shape, dtype=dtype) for shape in shapes] for a in (3, 12))
+    scores, indices = topk_anchors(logits, 1000)
+    base, strides = [torch.empty(3, 4)] * 5, [(s, s) for s in (4, 8, 16, 32, 64)]
+    size = torch.ones(1, 2, dtype=torch.int64)
+    boxes, _ = decode_proposals(deltas, indices, scores, base, strides, size, 1e-3, 0.0, (1.0, 1.0, 1.0, 1.0))
+    merge_levels(boxes, scores, indices, torch.empty(1, 5, dtype=torch.int64), 1000)
+
+
+def box_coding(dtype: torch.dtype) -> None:
+    """Deltas of 1,000 proposals and 91 classes to boxes, and boxes to deltas."""
+    boxes, weights = torch.empty(2, 1000, 4), (10.0, 10.0, 5.0, 5.0)
+    decode_boxes(torch.empty(2, 1000, 91, 4, dtype=dtype), boxes, weights)
+    encode_boxes(boxes, boxes, weights)
+
+
+def soft_nms(segments: int, num_boxes: int, *, gaussian: bool, grouped: bool = False) -> None:
+    """The 100 best boxes of each segment."""
+    boxes, scores = torch.empty(segments, num_boxes, 4), torch.empty(segments, num_boxes)
+    groups = torch.empty(segments, num_boxes, dtype=torch.int64) if grouped else None
+    valid = torch.ones(segments, num_boxes, dtype=torch.bool)
+    padded_soft_nms(boxes, scores, valid, groups, gaussian, 0.5, 0.5, 1e-3, 100)
+
+
+def detections(dtype: torch.dtype, num_classes: int) -> None:
+    """Of 1000 proposals."""
+    logits, deltas = (torch.empty(1, 1000, num_classes, *shape, dtype=dtype) for shape in ((), (4,)))
+    rest = (torch.empty(1, 1000, 4), torch.ones(1, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
+    select_detections(logits, deltas, *rest, 0.05, 0.5, 100, 0.01, (10.0, 10.0, 5.0, 5.0), False)
+
+
 def _cases() -> dict[str, Callable[[], None]]:
     cases: dict[str, Callable[[], None]] = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -99,6 +137,15 @@ def _cases() -> dict[str, Callable[[], None]]:
     cases["nms 10 x 2000"] = lambda: nms(10, 2000, 2000)
     cases["nms 5000 in groups"] = lambda: nms(1, 5_000, 5_000, grouped=True)
     cases["nms 100 of 10000 in groups"] = lambda: nms(1, 10_000, 100, grouped=True)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        cases[f"proposals {name}"] = lambda d=dtype: proposals(d)
+        cases[f"detections {name} 91 classes"] = lambda d=dtype: detections(d, 91)
+        cases[f"box coding {name}"] = lambda d=dtype: box_coding(d)
+    for name, gaussian in (("linear", False), ("gaussian", True)):
+        cases[f"soft_nms {name} 2 x 1000"] = lambda g=gaussian: soft_nms(2, 1000, gaussian=g)
+        cases[f"soft_nms {name} 2 x 10000 in groups"] = lambda g=gaussian: soft_nms(2, 10_000, gaussian=g, grouped=True)
+    cases["detections bfloat16 1204 classes"] = lambda: detections(torch.bfloat16, 1204)
     return cases
 
 
@@ -183,7 +230,7 @@ def examine(launch: Launch, case: str, target: str) -> Report:
     registers_per_sm = REGISTERS_PER_SM * (2 if target.startswith("gfx") else 1)
     limits.append(registers_per_sm // (-(-max(found["registers"], 1) // 8) * 8 * threads))
     problems = [f"spills {found['spilled']} bytes"] if found["spilled"] else []
-    if "fwd" in name and "float16" in case and "C=" not in case and found["load_bits"] < 128:
+    if "_fwd_" in name and "float16" in case and "C=" not in case and found["load_bits"] < 128:
         problems.append(f"reads features by {found['load_bits']} bits")
     return Report(case, name, target, shared=shared, blocks=min(limits), problem=", ".join(problems), **found)
 

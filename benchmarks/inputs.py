@@ -67,6 +67,50 @@ def random_rois(case: Pooling) -> Tensor:
     return torch.cat((index[:, None], start, torch.minimum(start + extent, limits)), dim=1).to(device_name())
 
 
+HEAD_STRIDES = (4, 8, 16, 32, 64)
+ANCHORS = 3
+
+
+def head_outputs(images: int, size: tuple[int, int], dtype: torch.dtype, *, clustered: bool) -> list[list[Tensor]]:
+    """Logits [N, 3, Hl, Wl] and deltas [N, 12, Hl, Wl] of five levels, channels_last, as an RPN head returns them.
+
+    High scores are anywhere, or, `clustered`, about twenty places per image, as a trained head has them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    height, width = (math.ceil(side / 32) * 32 for side in size)
+    places = torch.rand(images, 20, 2, generator=generator) * torch.tensor([height, width])
+    outputs: list[list[Tensor]] = [[], []]
+    for stride in HEAD_STRIDES:
+        rows, columns = math.ceil(height / stride), math.ceil(width / stride)
+        logits = torch.randn(images, rows, columns, ANCHORS, generator=generator)
+        deltas = torch.randn(images, rows, columns, 4 * ANCHORS, generator=generator) * 0.3
+        if clustered:
+            y, x = torch.arange(rows) * stride, torch.arange(columns) * stride
+            dy, dx = (y[:, None] - places[..., None, :1]), (x[:, None] - places[..., None, 1:])
+            distance = dy.square() + dx.square().mT  # [N, 20, H, W]
+            logits += 8 * torch.exp(-distance / (2 * (6 * stride) ** 2)).amax(dim=1)[..., None] - 4
+        for kind, values in zip(outputs, (logits, deltas), strict=True):
+            kind.append(values.to(device_name(), dtype).permute(0, 3, 1, 2))
+    return outputs
+
+
+def scored_boxes(count: int, *, clustered: bool, extent: float = 1000.0) -> tuple[Tensor, Tensor]:
+    """Boxes [count, 4] of 20 .. 120 pixels anywhere in a square image, or about one place per 50 boxes; and scores.
+
+    Those that are anywhere spread over as much area per box however many there are.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = 20 + 100 * torch.rand(count, 2, generator=generator)
+    if clustered:
+        places = torch.rand(max(count // 50, 1), 2, generator=generator) * extent
+        centre = places[torch.randint(0, len(places), (count,), generator=generator)]
+        centre = centre + 5 * torch.randn(count, 2, generator=generator)
+    else:
+        centre = torch.rand(count, 2, generator=generator) * extent * math.sqrt(count / 1000)
+    boxes = torch.cat((centre - size / 2, centre + size / 2), dim=1)
+    return boxes.to(device_name()), torch.rand(count, generator=generator).to(device_name())
+
+
 def axis_weights_of(maps: Sequence[Tensor], rois: Tensor, bins: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Which cells of a map have a weight in which bins, for RoIAlign with two samples per bin and axis.
 

@@ -30,9 +30,32 @@ CALLS: dict[str, Callable[..., Any]] = {
     "padded_nms": lambda **k: ops.padded_nms(torch.rand(2, 5, 4), torch.rand(2, 5), torch.tensor([3, 0]), 0.5, 4, **k),
     "decode_proposals": lambda **k: ops.decode_proposals(
         [torch.rand(2, 8, 4, 4)],
-        [torch.zeros(2, 3, dtype=torch.int64)],
+        torch.zeros(2, 1, 3, dtype=torch.int64),
         [torch.rand(2, 4)],
         [(8, 8)],
+        torch.full((2, 2), 30),
+        **k,
+    ),
+    "soft_nms": lambda **k: ops.soft_nms(torch.rand(5, 4), torch.rand(5), **k),
+    "padded_soft_nms": lambda **k: ops.padded_soft_nms(
+        torch.rand(2, 5, 4), torch.rand(2, 5), torch.tensor([3, 0]), 4, **k
+    ),
+    "encode_boxes": lambda **k: ops.encode_boxes(torch.rand(2, 5, 4), torch.rand(5, 4), **k),
+    "decode_boxes": lambda **k: ops.decode_boxes(torch.rand(2, 5, 3, 4), torch.rand(2, 5, 4), **k),
+    "topk_anchors": lambda **k: ops.topk_anchors([torch.rand(2, 3, 4, 4), torch.rand(2, 3, 2, 2)], 15, **k),
+    "merge_levels": lambda **k: ops.merge_levels(
+        torch.rand(2, 3, 5, 4),
+        torch.rand(2, 3, 5),
+        torch.zeros(2, 3, 4, dtype=torch.int64),
+        torch.ones(2, 3, dtype=torch.int64),
+        7,
+        **k,
+    ),
+    "select_detections": lambda **k: ops.select_detections(
+        torch.rand(2, 6, 3),
+        torch.rand(2, 6, 3, 4),
+        torch.rand(2, 6, 4) * 20,
+        torch.tensor([6, 2]),
         torch.full((2, 2), 30),
         **k,
     ),
@@ -43,7 +66,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 }
 
 
-NO_KERNEL_YET = ["decode_proposals", "paste_masks", "heatmaps_to_keypoints"]
+NO_KERNEL_YET = ["paste_masks", "heatmaps_to_keypoints"]
 
 
 @pytest.mark.parametrize("op", NO_KERNEL_YET)
@@ -63,16 +86,21 @@ def test_torchvision_has_no_such_operation() -> None:
         CALLS["decode_proposals"](impl="torchvision")
 
 
+ALSO_CALLED = {"soft_nms": "padded_soft_nms"}
+"""Functions that are another one with a view of its results."""
+
+
 @pytest.mark.parametrize("op", CALLS)
 def test_an_explicit_request_never_falls_back(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the reference was called")
 
-    monkeypatch.setitem(implementations.IMPLEMENTATIONS[op], "reference", broken)
+    implementation = ALSO_CALLED.get(op, op)
+    monkeypatch.setitem(implementations.IMPLEMENTATIONS[implementation], "reference", broken)
     with pytest.raises(RuntimeError, match="the reference was called"):
         CALLS[op](impl="reference")
-    monkeypatch.delitem(implementations.IMPLEMENTATIONS[op], "reference")
-    with pytest.raises(NotImplementedError, match=f"{op} has no 'reference'"):
+    monkeypatch.delitem(implementations.IMPLEMENTATIONS[implementation], "reference")
+    with pytest.raises(NotImplementedError, match=f"{implementation} has no 'reference'"):
         CALLS[op](impl="reference")
 
 
@@ -89,8 +117,9 @@ def test_automatic_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setitem(available, name, recorded)
     for call in CALLS.values():
         call()
-    reference = ("decode_proposals", "paste_masks")
-    assert chosen == [(op, "reference" if op in reference else "torchvision") for op in CALLS]
+    called = [ALSO_CALLED.get(op, op) for op in CALLS]
+    theirs = {op for op, available in implementations.IMPLEMENTATIONS.items() if "torchvision" in available}
+    assert chosen == [(op, "torchvision" if op in theirs - {"paste_masks"} else "reference") for op in called]
 
 
 HELPERS: dict[str, Callable[[], Any]] = {
@@ -114,7 +143,7 @@ HELPERS: dict[str, Callable[[], Any]] = {
         {"0": torch.rand(1, 3, 8, 8), "1": torch.rand(1, 3, 4, 4)}, [torch.rand(4, 4)], [(32, 32)]
     ),
 }
-SIZED_BY_DATA = ("nms", "batched_nms")
+SIZED_BY_DATA = ("nms", "batched_nms", "soft_nms")
 UNSYNCHRONISED: dict[str, Callable[[], Any]] = {
     **{f"{op}, reference": partial(call, impl="reference") for op, call in CALLS.items()},
     **{f"{op}, auto": call for op, call in CALLS.items()},
@@ -147,9 +176,20 @@ def suppress(**changed: Any) -> tuple[Tensor, Tensor]:
 
 
 def decode(**changed: Any) -> tuple[Tensor, Tensor]:
-    usual = {"deltas": [torch.rand(2, 8, 3, 3)], "indices": [torch.zeros(2, 3).long()]}
+    usual = {"deltas": [torch.rand(2, 8, 3, 3)], "indices": torch.zeros(2, 1, 3).long()}
     usual |= {"base_anchors": [torch.rand(2, 4)], "sizes": torch.full((2, 2), 30)}
     return ops.decode_proposals(**{**usual, "strides": [(8, 8)], **changed})
+
+
+def merge(**changed: Any) -> Any:
+    usual = {"boxes": torch.rand(2, 3, 5, 4), "scores": torch.rand(2, 3, 5), "kept": torch.zeros(2, 3, 4).long()}
+    return ops.merge_levels(**{**usual, "counts": torch.ones(2, 3).long(), "max_keep": 7, **changed})
+
+
+def select(**changed: Any) -> Any:
+    usual = {"logits": torch.rand(2, 6, 3), "deltas": torch.rand(2, 6, 3, 4), "proposals": torch.rand(2, 6, 4)}
+    usual |= {"counts": torch.tensor([6, 2]), "sizes": torch.full((2, 2), 30)}
+    return ops.select_detections(**{**usual, **changed})
 
 
 @pytest.mark.parametrize(
@@ -215,8 +255,37 @@ def decode(**changed: Any) -> tuple[Tensor, Tensor]:
         (lambda: suppress(max_keep=-1), ValueError, "max_keep=-1"),
         (lambda: decode(deltas=[]), ValueError, "one of each per level"),
         (lambda: decode(deltas=[torch.rand(2, 4, 3, 3)]), ValueError, r"deltas\[0\]: .*\[2, 8, "),
-        (lambda: decode(indices=[torch.zeros(1, 3).long()]), ValueError, r"indices\[0\]: .*\[2, \*\]"),
-        (lambda: decode(indices=[torch.zeros(2, 3)]), TypeError, r"indices\[0\]: .*int64"),
+        (lambda: decode(deltas=[torch.rand(2, 8, 3, 3).long()]), TypeError, r"deltas\[0\]: .*int64"),
+        (lambda: decode(indices=torch.zeros(1, 1, 3).long()), ValueError, r"indices: .*\[2, 1, \*\]"),
+        (lambda: decode(indices=torch.zeros(2, 1, 3)), TypeError, "indices: .*int64"),
+        (lambda: decode(scores=torch.zeros(2, 1, 4)), ValueError, r"scores: .*\[2, 1, 3\]"),
+        (lambda: decode(deltas=[torch.rand(2, 8, 3, 3).double()], impl="triton"), TypeError, "deltas, got .*float64"),
+        (lambda: ops.topk_anchors([], 3), ValueError, "0 levels"),
+        (lambda: ops.topk_anchors([torch.rand(1, 3, 2, 2)], -1), ValueError, "k=-1"),
+        (lambda: ops.topk_anchors([torch.rand(1, 3, 2)], 1), ValueError, r"logits\[0\]: .*\[1, 3, 2\]"),
+        (
+            lambda: ops.topk_anchors([torch.rand(1, 3, 2, 2), torch.rand(1, 3, 2, 2).half()], 1),
+            TypeError,
+            r"logits\[1\]: .*32.*16",
+        ),
+        (lambda: merge(counts=torch.ones(2, 4).long()), ValueError, r"counts: .*\[2, 3\]"),
+        (lambda: merge(kept=torch.zeros(2, 3, 4)), TypeError, "kept: .*int64"),
+        (lambda: merge(max_keep=13), ValueError, r"max_keep=13: expected 0 \.\. 12"),
+        (lambda: merge(scores=torch.rand(2, 3, 6)), ValueError, r"scores: .*\[2, 3, 5\]"),
+        (lambda: select(deltas=torch.rand(2, 6, 3)), ValueError, r"deltas: .*\[2, 6, 3, 4\]"),
+        (lambda: select(proposals=torch.rand(2, 5, 4)), ValueError, r"proposals: .*\[2, 6, 4\]"),
+        (lambda: select(counts=torch.ones(2)), TypeError, "counts: .*int64"),
+        (lambda: select(sizes=torch.ones(3, 2)), ValueError, r"sizes: .*\[2, 2\]"),
+        (lambda: select(max_detections=-1), ValueError, "max_detections=-1"),
+        (lambda: ops.encode_boxes(torch.rand(5, 4), torch.rand(6, 4)), ValueError, "anchors: "),
+        (lambda: ops.encode_boxes(torch.rand(5, 3), torch.rand(5, 4)), ValueError, r"boxes: .*\[5, 3\]"),
+        (lambda: ops.decode_boxes(torch.rand(5, 4), torch.rand(6, 4)), ValueError, "anchors: expected the shape"),
+        (lambda: ops.decode_boxes(torch.rand(5, 4), torch.rand(5, 4), (1, 1, 0, 1)), ValueError, "weights="),
+        (lambda: ops.soft_nms(torch.rand(5, 4), torch.rand(4)), ValueError, r"scores: .*\[5\]"),
+        (lambda: ops.soft_nms(torch.rand(5, 4), torch.rand(5), idxs=torch.rand(5)), TypeError, "idxs: .*int64"),
+        (lambda: ops.soft_nms(torch.rand(5, 4), torch.rand(5), method="hard"), ValueError, "method='hard'"),
+        (lambda: ops.soft_nms(torch.rand(5, 4), torch.rand(5), sigma=0.0), ValueError, "sigma=0.0"),
+        (lambda: suppress(groups=torch.ones(2, 5)), TypeError, "groups: .*int64"),
         (lambda: decode(base_anchors=[torch.rand(2, 5)]), ValueError, r"base_anchors\[0\]"),
         (lambda: decode(sizes=torch.ones(2, 3)), ValueError, r"sizes: .*\[\*, 2\]"),
         (lambda: ops.paste_masks(torch.rand(3, 7, 8), torch.rand(3, 4), (9, 9)), ValueError, "masks: .*7, 8"),

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 
 from fastmrcnn import ops
-from fastmrcnn.batches import DetectionBatch, ImageBatch, ProposalBatch, TargetBatch, first, trim, widen
+from fastmrcnn.batches import DetectionBatch, ImageBatch, ProposalBatch, TargetBatch, trim, widen
 from fastmrcnn.models import losses
 from fastmrcnn.models.padded_norm import ignoring_padding
 from fastmrcnn.models.sampling import BACKGROUND, IGNORED, gather, match, sample
-from fastmrcnn_kernels.reference.boxes import clip_boxes, decode_deltas, encode_deltas, large_enough
-from fastmrcnn_kernels.reference.topk import stable_topk
 
 MIN_DETECTION_SIZE = 1e-2
 
@@ -46,28 +44,22 @@ class RoIHeads(torchvision_heads.RoIHeads):
     def select(self, logits: Tensor, deltas: Tensor, proposals: ProposalBatch, images: ImageBatch) -> DetectionBatch:
         """The best boxes over all classes but the background: threshold, non-maximum suppression per class, top D.
 
-        `logits` [N, K, classes] and `deltas` [N, K, classes, 4] become candidates of every class (class 0 is the
-        background); a candidate counts if its score exceeds `score_thresh` and its sides are at least 0.01 pixels.
+        `logits` are [N, K, classes] and `deltas` [N, K, classes, 4].
         """
-        num_images = len(logits)
-        scores = logits.softmax(dim=-1)[..., 1:]
-        boxes = decode_deltas(deltas, proposals.boxes[:, :, None], self.box_coder.weights)[:, :, 1:]
-        boxes = clip_boxes(boxes, images.sizes)
-        valid = (scores > self.score_thresh) & large_enough(boxes, MIN_DETECTION_SIZE) & proposals.valid[..., None]
-
-        per_class = [x.transpose(1, 2).flatten(0, 1) for x in (boxes, scores, valid)]  # [N classes, K, ...]
-        most = min(self.detections_per_img, scores.shape[1])
-        kept, count = ops.padded_nms(per_class[0], per_class[1], per_class[2], self.nms_thresh, most)
-
-        # Back to [N, K, classes], in whose order equal scores rank, as in torchvision.
-        survivors = torch.zeros_like(per_class[2], dtype=torch.int64)
-        survivors = survivors.scatter_add(1, kept.clamp(min=0), first(count, most).long())
-        survivors = survivors.unflatten(0, (num_images, -1)).transpose(1, 2) > 0
-        scores = torch.where(survivors, scores, -torch.inf).flatten(1)
-        scores, best = stable_topk(scores, min(self.detections_per_img, scores.shape[1]))
-        total = count.view(num_images, -1).sum(dim=1).clamp(max=best.shape[1])
-        labels = best % survivors.shape[-1] + 1
-        return DetectionBatch(gather(boxes.flatten(1, 2), best), scores.clamp(min=0), labels, total)
+        candidates = logits.shape[1] * (logits.shape[2] - 1)
+        selected = ops.select_detections(
+            logits,
+            deltas,
+            proposals.boxes,
+            proposals.count,
+            images.sizes,
+            score_threshold=self.score_thresh,
+            iou_threshold=self.nms_thresh,
+            max_detections=min(self.detections_per_img, candidates),
+            min_size=MIN_DETECTION_SIZE,
+            weights=self.box_coder.weights,
+        )
+        return DetectionBatch(*selected)
 
     def losses(
         self, features: Features, proposals: ProposalBatch, images: ImageBatch, targets: TargetBatch
@@ -84,8 +76,8 @@ class RoIHeads(torchvision_heads.RoIHeads):
         matched = matched.clamp(min=0)
 
         logits, deltas = self._classify(features, boxes, samples.valid, images)
-        wanted = encode_deltas(gather(targets.boxes, matched), boxes, self.box_coder.weights)
-        result = losses.box_losses(logits, deltas, labels, wanted, samples.valid)
+        wanted = ops.encode_boxes(gather(targets.boxes, matched), boxes, self.box_coder.weights)
+        result = losses.box_losses(widen(logits), widen(deltas), labels, wanted, samples.valid)
 
         # Only positives reach the other branches, and they are the first samples.
         positive = samples.valid & (labels > 0)
@@ -105,7 +97,7 @@ class RoIHeads(torchvision_heads.RoIHeads):
         with ignoring_padding(valid, self.box_head, self.box_predictor):
             logits, deltas = self.box_predictor(self.box_head(pooled))
         slots = boxes.shape[:2]
-        return widen(logits.unflatten(0, slots)), widen(deltas.unflatten(0, slots).unflatten(2, (-1, 4)))
+        return logits.unflatten(0, slots), deltas.unflatten(0, slots).unflatten(2, (-1, 4))
 
     def _branch(self, name: str, features: Features, boxes: Tensor, valid: Tensor, images: ImageBatch) -> Tensor:
         """Output [N, D, channels, M, M] of the mask or keypoint branch for `boxes` [N, D, 4]."""

@@ -15,10 +15,9 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from fastmrcnn import ops
-from fastmrcnn.batches import ImageBatch, ProposalBatch, TargetBatch, first, trim, widen
+from fastmrcnn.batches import ImageBatch, ProposalBatch, TargetBatch, trim, widen
 from fastmrcnn.models.sampling import BACKGROUND, IGNORED, gather, match, sample
-from fastmrcnn_kernels.reference.boxes import encode_deltas
-from fastmrcnn_kernels.reference.topk import stable_topk
+from fastmrcnn_kernels.reference.proposals import by_anchor
 
 SMOOTH_L1_BETA = 1 / 9
 
@@ -33,31 +32,25 @@ class RegionProposalNetwork(torchvision_rpn.RegionProposalNetwork):
         the top k are decoded.  Gradients end here.
         """
         logits, deltas = [x.detach() for x in logits], [x.detach() for x in deltas]
-        top = [stable_topk(scores, min(self.pre_nms_top_n(), scores.shape[1])) for scores in map(by_anchor, logits)]
+        slots = min(self.pre_nms_top_n(), max(x[0].numel() for x in logits))
+        scores, indices = ops.topk_anchors(logits, slots)
+        scores = scores.sigmoid()
         boxes, valid = ops.decode_proposals(
             deltas,
-            [index for _, index in top],
+            indices,
             self.base_anchors(logits[0].device),
             self.strides(images, logits),
             images.sizes,
+            scores=scores,
             min_size=self.min_size,
+            min_score=self.score_thresh,
         )
-        scores = torch.cat([value for value, _ in top], dim=1).sigmoid()
-        valid = valid & (scores >= self.score_thresh)
-
-        counts = [index.shape[1] for _, index in top]
-        per_level = [x.split(counts, dim=1) for x in (boxes, scores, valid)]
-        segments = [torch.stack([pad_slots(x, max(counts)) for x in levels], dim=1) for levels in per_level]
-        boxes, scores, valid = (x.flatten(0, 1) for x in segments)  # [N * L, max k, ...]
-        most = min(self.post_nms_top_n(), max(counts))
-        kept, count = ops.padded_nms(boxes, scores, valid, self.nms_thresh, most)
-
-        kept, num_images = kept.clamp(min=0), len(images.sizes)
-        scores = gather(scores, kept).masked_fill(~first(count, most), -torch.inf)
-        scores, boxes = (x.unflatten(0, (num_images, -1)).flatten(1, 2) for x in (scores, gather(boxes, kept)))
-        scores, best = stable_topk(scores, min(self.post_nms_top_n(), scores.shape[1]))
-        total = count.view(num_images, -1).sum(dim=1).clamp(max=best.shape[1])
-        return trim(ProposalBatch(gather(boxes, best), scores.clamp(min=0), total))
+        levels, most = scores.shape[:2], min(self.post_nms_top_n(), slots)
+        segments, its_scores, its_valid = (x.flatten(0, 1) for x in (boxes, scores, valid))
+        kept, count = ops.padded_nms(segments, its_scores, its_valid, self.nms_thresh, most, presorted=True)
+        kept, count = kept.unflatten(0, levels), count.view(levels)
+        most = min(self.post_nms_top_n(), levels[1] * most)
+        return trim(ProposalBatch(*ops.merge_levels(boxes, scores, kept, count, most)))
 
     def losses(
         self, images: ImageBatch, logits: Sequence[Tensor], deltas: Sequence[Tensor], targets: TargetBatch
@@ -71,7 +64,7 @@ class RegionProposalNetwork(torchvision_rpn.RegionProposalNetwork):
         positive = samples.valid & (labels > 0)
 
         objects = gather(targets.boxes, gather(matched, samples.indices).clamp(min=0))
-        wanted = torch.where(positive[..., None], encode_deltas(objects, anchors[0][samples.indices]), 0)
+        wanted = torch.where(positive[..., None], ops.encode_boxes(objects, anchors[0][samples.indices]), 0)
         all_logits = torch.cat([by_anchor(x) for x in logits], dim=1)
         all_deltas = torch.cat([by_anchor(x, 4) for x in deltas], dim=1)
         predicted, logit = (widen(gather(x, samples.indices)) for x in (all_deltas, all_logits))
@@ -105,16 +98,3 @@ class RegionProposalNetwork(torchvision_rpn.RegionProposalNetwork):
         """Every anchor of every level, the same for all images: [1, sum of Hl Wl A, 4]."""
         one_image = ImageList(images.tensors, [tuple(images.tensors.shape[-2:])])
         return self.anchor_generator(one_image, list(maps))[0][None]
-
-
-def by_anchor(output: Tensor, values: int = 1) -> Tensor:
-    """A head's output [N, A * values, H, W] in the order of anchors: [N, H W A], or [N, H W A, values] for several."""
-    flat = output.permute(0, 2, 3, 1).flatten(1)
-    return flat if values == 1 else flat.unflatten(1, (-1, values))
-
-
-def pad_slots(values: Tensor, slots: int) -> Tensor:
-    """`values` [N, K, ...] with zeros (False) up to `slots` in place of K."""
-    padded = values.new_zeros(len(values), slots, *values.shape[2:])
-    padded[:, : values.shape[1]] = values
-    return padded

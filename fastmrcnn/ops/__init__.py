@@ -11,23 +11,33 @@ Asking for an implementation that is not there raises NotImplementedError; an ex
 Boxes are `x1,y1,x2,y2` in pixels everywhere.
 """
 
-from fastmrcnn.ops.boxes import batched_nms, decode_proposals, nms, padded_nms
+from fastmrcnn.ops.boxes import decode_boxes, encode_boxes
+from fastmrcnn.ops.detections import select_detections
 from fastmrcnn.ops.implementations import Impl
 from fastmrcnn.ops.masks import heatmaps_to_keypoints, paste_masks, paste_masks_in_image
+from fastmrcnn.ops.proposals import decode_proposals, merge_levels, topk_anchors
 from fastmrcnn.ops.roi import MultiScaleRoIAlign, multilevel_roi_align, pool_like, roi_align, roi_pool
+from fastmrcnn.ops.suppression import batched_nms, nms, padded_nms, padded_soft_nms, soft_nms
 
 __all__ = [
     "Impl",
     "MultiScaleRoIAlign",
     "batched_nms",
+    "decode_boxes",
     "decode_proposals",
+    "encode_boxes",
     "heatmaps_to_keypoints",
+    "merge_levels",
     "multilevel_roi_align",
     "nms",
     "padded_nms",
+    "padded_soft_nms",
     "paste_masks",
     "paste_masks_in_image",
     "pool_like",
     "roi_align",
     "roi_pool",
+    "select_detections",
+    "soft_nms",
+    "topk_anchors",
 ]

@@ -12,11 +12,14 @@ from torchvision.models.detection import roi_heads as torchvision_heads
 
 from fastmrcnn_kernels import library, torchvision_ops
 from fastmrcnn_kernels.reference import boxes as reference_boxes
+from fastmrcnn_kernels.reference import detections as reference_detections
 from fastmrcnn_kernels.reference import keypoints as reference_keypoints
 from fastmrcnn_kernels.reference import nms as reference_nms
 from fastmrcnn_kernels.reference import paste as reference_paste
+from fastmrcnn_kernels.reference import proposals as reference_proposals
 from fastmrcnn_kernels.reference import roi_align as reference_roi_align
 from fastmrcnn_kernels.reference import roi_pool as reference_roi_pool
+from fastmrcnn_kernels.reference import soft_nms as reference_soft_nms
 
 Impl = Literal["auto", "reference", "triton", "torchvision"]
 
@@ -50,7 +53,17 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "torchvision": torchvision_ops.padded_nms,
         "triton": library.padded_nms,
     },
-    "decode_proposals": {"reference": reference_boxes.decode_proposals},
+    "padded_soft_nms": {"reference": reference_soft_nms.padded_soft_nms, "triton": library.padded_soft_nms},
+    "encode_boxes": {"reference": reference_boxes.encode_deltas, "triton": library.encode_boxes},
+    "decode_boxes": {"reference": reference_boxes.decode_class_deltas, "triton": library.decode_boxes},
+    "topk_anchors": {"reference": reference_proposals.topk_anchors, "triton": library.topk_anchors},
+    "decode_proposals": {"reference": reference_proposals.decode_proposals, "triton": library.decode_proposals},
+    "merge_levels": {"reference": reference_proposals.merge_levels, "triton": library.merge_levels},
+    "select_detections": {
+        "reference": reference_detections.select_detections,
+        "torchvision": torchvision_ops.select_detections,
+        "triton": library.select_detections,
+    },
     "paste_masks": {"reference": reference_paste.paste_masks, "torchvision": torchvision_ops.paste_masks},
     "heatmaps_to_keypoints": {
         "reference": reference_keypoints.heatmaps_to_keypoints,

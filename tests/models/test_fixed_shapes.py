@@ -86,7 +86,8 @@ def test_torchvision_does_synchronise(fake_cuda: None) -> None:
 
 def not_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the CPU take the way of a GPU: nothing trimmed, reference operations."""
-    modules = [fastmrcnn.batches, fastmrcnn.models.sampling, fastmrcnn.ops.boxes, fastmrcnn.ops.masks]
+    modules = [fastmrcnn.batches, fastmrcnn.models.sampling, fastmrcnn.ops.suppression, fastmrcnn.ops.masks]
+    modules += [fastmrcnn.ops.detections]
     for module in (*modules, fastmrcnn_kernels.torchvision_ops):
         monkeypatch.setattr(module, "on_host", lambda tensor: False)
 

@@ -1,4 +1,4 @@
-"""Boxes `x1,y1,x2,y2`: IoU, delta coding, clipping, and the decoding of selected anchors into proposals."""
+"""Boxes `x1,y1,x2,y2`: IoU, delta coding, clipping, and anchors."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ def decode_deltas(deltas: Tensor, anchors: Tensor, weights: Sequence[float] = (1
     return torch.cat((new_centre - half_size, new_centre + half_size), dim=-1)
 
 
+def decode_class_deltas(deltas: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
+    """`decode_deltas` in float32 at least, where deltas [..., C, 4] may share anchors [..., 4]."""
+    if anchors.dim() < deltas.dim():
+        anchors = anchors[..., None, :]
+    dtype = torch.promote_types(deltas.dtype, anchors.dtype)
+    return decode_deltas(deltas.to(dtype), anchors.to(dtype), weights)
+
+
 def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
     """`boxes` [N, ..., 4] limited to their images, whose (height, width) are `sizes` [N, 2].  NaN stays NaN."""
     height, width = sizes.to(boxes.dtype).view(-1, *(1,) * (boxes.dim() - 2), 2).unbind(-1)
@@ -72,27 +80,3 @@ def anchors_at(index: Tensor, base_anchors: Tensor, grid: tuple[int, int], strid
     cell, a = index // len(base_anchors), index % len(base_anchors)
     x, y = cell % grid[1] * stride[1], cell // grid[1] * stride[0]
     return torch.stack((x, y, x, y), dim=-1) + base_anchors[a]
-
-
-def decode_proposals(
-    deltas: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    base_anchors: Sequence[Tensor],
-    strides: Sequence[tuple[int, int]],
-    sizes: Tensor,
-    *,
-    min_size: float,
-    weights: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    """See `fastmrcnn.ops.decode_proposals`."""
-    boxes = []
-    for delta, index, base, stride in zip(deltas, indices, base_anchors, strides, strict=True):
-        num_anchors, (height, width) = len(base), delta.shape[-2:]
-        dtype = torch.promote_types(delta.dtype, torch.float32)
-        anchors = anchors_at(index, base.to(dtype), (height, width), stride)
-        image = torch.arange(len(index), device=index.device)[:, None]
-        cell, a = index // num_anchors, index % num_anchors
-        selected = delta.unflatten(1, (num_anchors, 4))[image, a, :, cell // width, cell % width]
-        boxes.append(decode_deltas(selected.to(dtype), anchors, weights))
-    clipped = clip_boxes(torch.cat(boxes, dim=1), sizes)
-    return clipped, large_enough(clipped, min_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -24,6 +25,14 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of two that is not less than `n`, of which the same is true."""
     return 1 << (n - 1).bit_length()
+
+
+def runtime_ints(values: Iterable[int]) -> tuple[int, ...]:
+    """`values`, 0 or more, for `select_int` to read: 2 v + 3 is neither 1 nor a multiple of 16.
+
+    For each of those Triton would compile the kernel anew: inside tuples it ignores `do_not_specialize`.
+    """
+    return tuple([2 * value + 3 for value in values])
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -236,7 +236,6 @@ def nms_by_matrix(
                 max_keep,
                 rows,
                 BLOCK,
-                num_warps=4 if rows <= 2048 else 8,
-                num_stages=1,
+                **LAUNCH_OPTIONS | {"num_warps": 4 if rows <= 2048 else 8},
             )
     return kept, count

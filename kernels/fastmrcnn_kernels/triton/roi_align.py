@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmrcnn_kernels.sampler import Sampler
-from fastmrcnn_kernels.triton.launch import LINE, cdiv, next_power_of_2, on_device_of
+from fastmrcnn_kernels.triton.launch import LINE, cdiv, next_power_of_2, on_device_of, runtime_ints
 from fastmrcnn_kernels.triton.roi_geometry import (
     LAUNCH_OPTIONS,
     interval,
@@ -23,6 +23,7 @@ from fastmrcnn_kernels.triton.roi_geometry import (
     sample_position,
     samples_per_bin,
     select,
+    select_int,
     tap_weight,
 )
 
@@ -97,8 +98,8 @@ def _roi_align_fwd_kernel(
     q = bins % Q
 
     image, level, x1, y1, x2, y2, present = load_roi(rois_ptr, levels_ptr, roi, True, num_images, bounds, len(features))
-    height = select(heights, level)
-    width = select(widths, level)
+    height = select_int(heights, level)
+    width = select_int(widths, level)
     scale = select(scales, level)
     map_ptr = select(features, level) + image.to(tl.int64) * height * width * C
     tall = height.to(tl.float32)
@@ -164,8 +165,8 @@ def roi_align_forward(
                 rois.float().contiguous(),
                 levels,
                 tuple(feature.contiguous(memory_format=torch.channels_last) for feature in features),
-                tuple(feature.shape[2] for feature in features),
-                tuple(feature.shape[3] for feature in features),
+                runtime_ints(feature.shape[2] for feature in features),
+                runtime_ints(feature.shape[3] for feature in features),
                 tuple(scales),
                 tuple(bounds),
                 num_images,

@@ -15,8 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmrcnn_kernels.sampler import Sampler
-from fastmrcnn_kernels.triton.launch import INTERPRETED, LINE, cdiv, next_power_of_2, on_device_of
-from fastmrcnn_kernels.triton.roi_geometry import LAUNCH_OPTIONS, bin_weight, interval, samples_per_bin, select
+from fastmrcnn_kernels.triton.launch import INTERPRETED, LINE, cdiv, next_power_of_2, on_device_of, runtime_ints
+from fastmrcnn_kernels.triton.roi_geometry import (
+    LAUNCH_OPTIONS,
+    bin_weight,
+    interval,
+    samples_per_bin,
+    select,
+    select_int,
+)
 from fastmrcnn_kernels.triton.roi_tiles import GROUP, TILE, TILES_PER_PROGRAM, find_rois_kernel, locate_tile, lowest_bit
 
 BLOCK_BINS = 16
@@ -148,8 +155,8 @@ def _roi_align_bwd_kernel(
     tile = program // C_BLOCKS
     channels = program % C_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     level, image, y, x = locate_tile(tile, heights, widths, num_images, TILE)
-    height = select(heights, level)
-    width = select(widths, level)
+    height = select_int(heights, level)
+    width = select_int(widths, level)
     scale = select(scales, level)
     tall = height.to(tl.float32)
     wide = width.to(tl.float32)
@@ -230,8 +237,8 @@ def roi_align_backward(
                     nonzero,
                     rois,
                     levels,
-                    tuple(heights),
-                    tuple(widths),
+                    runtime_ints(heights),
+                    runtime_ints(widths),
                     tuple(scales),
                     tuple(bounds),
                     num_images,
@@ -251,8 +258,8 @@ def roi_align_backward(
                 rois,
                 words,
                 nonzero,
-                tuple(heights),
-                tuple(widths),
+                runtime_ints(heights),
+                runtime_ints(widths),
                 tuple(scales),
                 num_images,
                 groups,

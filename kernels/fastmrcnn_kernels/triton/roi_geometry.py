@@ -23,6 +23,18 @@ def select(values, level):
 
 
 @triton.jit
+def int_of(value):
+    """What `runtime_ints` made `value` of."""
+    return (value >> 1) - 1
+
+
+@triton.jit
+def select_int(values, level):
+    """`values[level]` of what `runtime_ints` made."""
+    return int_of(select(values, level))
+
+
+@triton.jit
 def load_roi(rois_ptr, levels_ptr, roi, usable, num_images, bounds, LEVELS: tl.constexpr):
     """A RoI's image, level and corners (x1, y1, x2, y2), and whether it is `usable`, in an image, and finite.
 

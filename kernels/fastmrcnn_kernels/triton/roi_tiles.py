@@ -5,7 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmrcnn_kernels.triton.roi_geometry import interval, load_roi, on_map, sample_position, samples_per_bin, select
+from fastmrcnn_kernels.triton.roi_geometry import (
+    int_of,
+    interval,
+    load_roi,
+    on_map,
+    sample_position,
+    samples_per_bin,
+    select,
+    select_int,
+)
 
 TILE = 8  # cells along either side
 GROUP = 1024  # RoIs per group: 32 words of 32 bits, and one word more that says which of those are not zero
@@ -31,12 +40,12 @@ def locate_tile(tile, heights, widths, num_images, TILE: tl.constexpr):
     """Level, image, first row and first column of tile number `tile`; levels, images, rows, columns in this order."""
     level = tile * 0
     for i in tl.static_range(len(heights) - 1):
-        tiles = num_images * tl.cdiv(heights[i], TILE) * tl.cdiv(widths[i], TILE)
+        tiles = num_images * tl.cdiv(int_of(heights[i]), TILE) * tl.cdiv(int_of(widths[i]), TILE)
         beyond = (level == i) & (tile >= tiles)
         level = tl.where(beyond, i + 1, level)
         tile = tl.where(beyond, tile - tiles, tile)
-    rows = tl.cdiv(select(heights, level), TILE)
-    columns = tl.cdiv(select(widths, level), TILE)
+    rows = tl.cdiv(select_int(heights, level), TILE)
+    columns = tl.cdiv(select_int(widths, level), TILE)
     return level, tile // (rows * columns), tile // columns % rows * TILE, tile % columns * TILE
 
 
@@ -97,8 +106,8 @@ def find_rois_kernel(
         rois_ptr, levels_ptr, roi.to(tl.int64), roi < num_rois, num_images, bounds, len(heights)
     )
     scale = select(scales, level)
-    tall = select(heights, level).to(tl.float32)
-    wide = select(widths, level).to(tl.float32)
+    tall = select_int(heights, level).to(tl.float32)
+    wide = select_int(widths, level).to(tl.float32)
     start_y, size_y = interval(y1, y2, scale, P, ALIGNED, CORNER)
     start_x, size_x = interval(x1, x2, scale, Q, ALIGNED, CORNER)
     count_y = samples_per_bin(size_y, SAMPLING_RATIO, CORNER)
