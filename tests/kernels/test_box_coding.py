@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -430,37 +426,3 @@ def test_compile_without_graph_breaks() -> None:
     anchors = ordered(found, 0.5)
     compiled = torch.compile(coded, fullgraph=True, backend="aot_eager")
     assert_identical(compiled(found, anchors), coded(found, anchors))
-
-
-SPECIALISATIONS = """
-import torch
-from compile_report import TARGETS, record
-from fastmrcnn_kernels.triton.box_coding import decode_proposals
-from triton.compiler import make_backend
-from triton.runtime import jit
-
-def launch(images, slots, sides, memory_format):
-    deltas = [torch.empty(images, 12, s, s + 1).to(memory_format=memory_format) for s in sides]
-    indices, strides = torch.empty(images, 2, slots, dtype=torch.int64), [(sides[0] + 1, 16), (1, 4)]
-    base, sizes = [torch.empty(3, 4)] * 2, torch.empty(images, 2)
-    decode_proposals(deltas, indices, None, base, strides, sizes, 0.0, 0.0, (1, 1, 1, 1))
-
-backend = make_backend(TARGETS["sm_90"])
-seen = []
-for call in ((2, 1000, (200, 13)), (1, 1, (1, 1)), (16, 2000, (256, 16)), (1, 16, (0, 7))):
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        (found,) = record(lambda: launch(*call, memory_format))
-        bind = jit.create_function_from_signature(found.kernel.signature, found.kernel.params, backend)
-        seen.append(str(bind(*found.args, debug=False, **found.kwargs)[1]))
-print(len(seen), len(set(seen)))
-"""
-
-
-def test_nothing_is_compiled_for_another_image_size() -> None:
-    """In a process that does not interpret: Triton tells kernels apart by what it knows of their arguments."""
-    benchmarks = str(Path(__file__).parents[2] / "benchmarks")
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([*sys.path, benchmarks])}
-    run = subprocess.run(
-        [sys.executable, "-c", SPECIALISATIONS], capture_output=True, text=True, check=False, env=environment
-    )
-    assert run.stdout.split() == ["8", "1"], run.stderr

@@ -188,6 +188,16 @@ def test_equal_scores_by_proposal_and_class(impl: ops.Impl, class_agnostic: bool
     assert len(scores[0, : int(count)].unique()) == 1
 
 
+@pytest.mark.parametrize("impl", ["reference", *OTHERS])
+def test_a_score_exceeds_the_threshold_or_is_none(impl: ops.Impl) -> None:
+    """Two equal logits make two scores of exactly one half."""
+    box = torch.tensor([[[0.0, 0, 10, 10]]])
+    case = Case(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2, 4), box, torch.tensor([1]), torch.tensor([[50, 50]]))
+    below = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0)).item()
+    assert select(case, impl, score_threshold=0.5)[3].tolist() == [0]
+    assert select(case, impl, score_threshold=below)[3].tolist() == [1]
+
+
 @pytest.mark.parametrize("impl", OTHERS)
 def test_a_chain_across_chunks(impl: ops.Impl) -> None:
     """400 boxes, each of which would suppress the next: every other one stays, in each class by itself."""

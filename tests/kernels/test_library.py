@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -52,6 +53,97 @@ def test_opcheck_roi_pool() -> None:
     torch.library.opcheck(
         torch.ops.fastmrcnn.roi_pool_backward.default, (pooled, position, found, *maps.shape[::2], 9, 0.25)
     )
+
+
+def detector_calls() -> dict[str, tuple[Any, ...]]:
+    """Arguments of every operator between the head of an RPN and detections."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator).to(DEVICE)
+
+    boxes = torch.cat((rand(2, 3, 9, 2) * 20, 20 + rand(2, 3, 9, 2) * 20), dim=3)
+    scores, alive = rand(2, 3, 9).sort(dim=2, descending=True).values, rand(6, 9) < 0.9
+    kept, counts = torch.arange(9, device=DEVICE).expand(2, 3, 9), torch.full((2, 3), 4, device=DEVICE)
+    groups = torch.arange(54, device=DEVICE).view(6, 9) % 2
+    sizes, counts_of_images = torch.full((2, 2), 40, device=DEVICE), torch.tensor([9, 4], device=DEVICE)
+    return {
+        "topk_anchors": ([rand(2, 3, 4, 4), rand(2, 3, 2, 2)], 15),
+        "sorted_nms": (boxes.flatten(0, 1), alive, groups, None, 0.5, 5),
+        "merge_levels": (boxes, scores, kept, counts, 7),
+        "select_detections": (
+            *(rand(2, 9, 4), rand(2, 9, 4, 4), boxes[:, 0], counts_of_images, sizes),
+            *(0.05, 0.5, 7, 0.01, [10.0, 10.0, 5.0, 5.0], False),
+        ),
+    }
+
+
+@pytest.mark.parametrize("op", ["topk_anchors", "sorted_nms", "merge_levels", "select_detections"])
+def test_opcheck_of_a_detector(op: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.fastmrcnn, op).default, detector_calls()[op])
+
+
+def test_opcheck_nms() -> None:
+    """As many indices as boxes are kept: a shape that depends on data, so not all of the checks apply."""
+    boxes, _, groups, *_ = detector_calls()["sorted_nms"]
+    arguments = (boxes[0], torch.rand(9, device=DEVICE), groups[0], 0.5)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.fastmrcnn.nms.default, arguments, test_utils=checks)
+
+
+def detect(logits: list[Tensor], deltas: list[Tensor], classes: Tensor, regression: Tensor) -> tuple[Tensor, ...]:
+    """From head outputs to detections, by kernels alone."""
+    base = [torch.tensor([[-9.0, -9, 9, 9], [-15, -6, 15, 6]], device=DEVICE)] * 2
+    sizes = torch.full((2, 2), 40, device=DEVICE)
+    scores, indices = ops.topk_anchors(logits, 6, impl="triton")
+    boxes, valid = ops.decode_proposals(
+        deltas, indices, base, [(10, 10), (20, 20)], sizes, scores=scores, impl="triton"
+    )
+    flat = (x.flatten(0, 1) for x in (boxes, scores, valid))
+    kept, count = ops.padded_nms(*flat, 0.7, 6, presorted=True, impl="triton")
+    kept, count = kept.view(2, 2, 6), count.view(2, 2)
+    proposals, _, number = ops.merge_levels(boxes, scores, kept, count, 9, impl="triton")
+    return ops.select_detections(classes, regression, proposals, number, sizes, max_detections=5, impl="triton")
+
+
+def head_outputs() -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits, deltas = (
+        [torch.randn(2, values, *shape, generator=generator).to(DEVICE) for shape in ((4, 4), (2, 2))]
+        for values in (2, 8)
+    )
+    classes, regression = (torch.randn(2, 9, 4, *shape, generator=generator).to(DEVICE) for shape in ((), (4,)))
+    return logits, deltas, classes, regression
+
+
+def test_detection_compiles_without_graph_breaks() -> None:
+    expected = detect(*head_outputs())
+    assert expected[3].min() > 0
+    found = torch.compile(detect, fullgraph=True, backend="aot_eager")(*head_outputs())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_detection_exports() -> None:
+    class Detect(torch.nn.Module):
+        def forward(self, *outputs: Any) -> tuple[Tensor, ...]:
+            return detect(*outputs)
+
+    program = torch.export.export(Detect(), head_outputs())
+    found, expected = program.module()(*head_outputs()), detect(*head_outputs())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: CUDA graphs")
+def test_cuda_graph_of_detection() -> None:
+    outputs = head_outputs()
+    detect(*outputs)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = detect(*outputs)
+    outputs[2].neg_()
+    outputs[0][0].neg_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, detect(*outputs), strict=True))
 
 
 def pool(maps: list[Tensor], found: Tensor) -> Tensor:
@@ -136,6 +228,72 @@ def test_kernels_compile_ahead_of_time() -> None:
     assert len(rows) == 3
     forward = next(row for row in rows if "_roi_align_fwd_kernel" in row)
     assert forward.split()[8:10] == ["128", "128"]  # bits of the widest load and store
+
+
+def test_kernels_of_segments_compile_ahead_of_time() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "compile_report.py"
+    run = python(str(script), "--targets", "sm_90", "--only", "nms 5 x 1000")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert len([line for line in run.stdout.splitlines() if "sm_90" in line]) == 2
+
+
+SPECIALISATIONS = """
+import torch
+from collections import defaultdict
+from itertools import product
+from benchmarks.compile_report import TARGETS, record
+from fastmrcnn_kernels.sampler import Sampler
+from fastmrcnn_kernels.triton import box_coding, detections, merge, nms, roi_align, roi_align_backward, roi_pool, topk
+from triton.compiler import make_backend
+from triton.runtime import jit
+
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+def detect(images, count, height, width):
+    maps = [torch.empty(images, 32, height // s, width // s) for s in (4, 8, 16)]
+    rois, semantics = torch.empty(count, 5), ((0.25, 0.125, 0.0625), Sampler(2, False, False, False), (112.0, 224.0))
+    pooled = roi_align.roi_align_forward(maps, rois, None, (7, 7), *semantics)
+    sides = [[x.shape[i] for x in maps] for i in (2, 3)]
+    roi_align_backward.roi_align_backward(pooled, rois, None, images, *sides, *semantics)
+    pooled, position = roi_pool.roi_pool_forward(maps[0], rois, (7, 7), 0.25)
+    roi_pool.roi_pool_backward(pooled, position, rois, images, *maps[0].shape[2:], 0.25)
+    logits, deltas = ([torch.empty(images, a, *x.shape[2:]) for x in maps] for a in (3, 12))
+    scores, indices = topk.topk_anchors(logits, count)
+    sizes, strides = torch.empty(images, 2, dtype=torch.int64), [(4, 4), (8, 8), (16, 16)]
+    base = [torch.empty(3, 4)] * 3
+    boxes, valid = box_coding.decode_proposals(
+        deltas, indices, scores, base, strides, sizes, 0.001, 0.0, (1.0, 1.0, 1.0, 1.0)
+    )
+    kept, counts = nms.sorted_nms(boxes.flatten(0, 1), valid.flatten(0, 1), None, None, 0.7, count)
+    boxes, _, counts = merge.merge_levels(boxes, scores, kept.view_as(scores), counts.view(images, 3), count)
+    classes = torch.empty(images, count, 91)
+    regression = torch.empty(images, count, 91, 4)
+    box_coding.decode_boxes(regression, boxes, WEIGHTS)
+    box_coding.encode_boxes(boxes, boxes, WEIGHTS)
+    detections.select_detections(classes, regression, boxes, counts, sizes, 0.05, 0.5, 100, 0.01, WEIGHTS, False)
+
+backend, seen = make_backend(TARGETS["sm_90"]), defaultdict(set)
+for images, count, side in product((1, 3, 16), (960, 1000, 1001), ((800, 1344), (1024, 1024), (333, 517))):
+    for launch in record(lambda: detect(images, count, *side)):
+        bind = jit.create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+        seen[launch.kernel.__name__].add(str(bind(*launch.args, debug=False, **launch.kwargs)[1]))
+print({name: len(found) for name, found in sorted(seen.items()) if name != "_topk_count_kernel"})
+print(len(seen["_topk_count_kernel"]))
+"""
+
+
+def test_nothing_is_compiled_for_another_size() -> None:
+    """Of images, batches or lists of boxes.  Triton tells kernels apart by what it knows of their arguments.
+
+    The passes of the radix select are four kernels.
+    """
+    run = python("-c", SPECIALISATIONS)
+    assert run.returncode == 0, run.stderr
+    found, passes = run.stdout.splitlines()
+    counts = ast.literal_eval(found)
+    assert len(counts) == 15
+    assert set(counts.values()) == {1}, counts
+    assert passes == "4"
 
 
 def test_library_functions_have_the_defaults_of_the_public_ones() -> None:

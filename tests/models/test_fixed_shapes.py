@@ -12,6 +12,7 @@ import torchvision.models.detection as torchvision_detection
 from detectors import pair, targets_for
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmrcnn
 import fastmrcnn.batches
@@ -75,6 +76,41 @@ def test_no_synchronisation(builder: str, fake_cuda: None) -> None:
     for name, loss in model.train().losses(images, targets).items():
         assert loss.shape == (), name
         assert loss.requires_grad, name
+
+
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch is asked to do, views and questions about fake tensors left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func.namespace != "prim":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("images", [1, 8])
+def test_few_operations_from_head_outputs_to_boxes(images: int, fake_cuda: None) -> None:
+    """As many for eight images as for one.  torchvision takes 60 to filter proposals alone, and more per image."""
+    model = fastmrcnn.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None).eval()
+    batch = ImageBatch(torch.rand(images, 3, 128, 160), torch.full((images, 2), 120))
+    shapes = [(32, 40), (16, 20), (8, 10), (4, 5), (2, 3)]
+    logits, deltas = ([torch.rand(images, values, *shape) for shape in shapes] for values in (3, 12))
+    classes, regression = torch.rand(images, 1000, 91), torch.rand(images, 1000, 91, 4)
+    model.rpn.base_anchors(torch.device("cuda"))  # once
+    with torch.no_grad(), Operations() as operations:
+        proposals = model.rpn.propose(batch, logits, deltas)
+        model.roi_heads.select(classes, regression, proposals, batch)
+    assert operations.names == [
+        "fastmrcnn::topk_anchors",
+        "aten::sigmoid",
+        "fastmrcnn::decode_proposals",
+        "fastmrcnn::sorted_nms",
+        "fastmrcnn::merge_levels",
+        "fastmrcnn::select_detections",
+    ]
 
 
 def test_torchvision_does_synchronise(fake_cuda: None) -> None:

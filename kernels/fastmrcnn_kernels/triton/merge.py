@@ -82,9 +82,11 @@ def merge_levels(
         raise ValueError(f"max_keep={max_keep}: only {levels} x {most} boxes were kept")
     out_boxes = boxes.new_empty(num_images, max_keep, 4)
     out_scores = scores.new_empty(num_images, max_keep)
-    out_count = counts.new_zeros(num_images)
+    out_count = counts.new_empty(num_images)
     programs = num_images * cdiv(levels * most, BLOCK)
-    if programs:
+    if programs == 0:
+        out_count.zero_()
+    else:
         with on_device_of(boxes):
             _merge_levels_kernel[(programs,)](
                 out_boxes,
