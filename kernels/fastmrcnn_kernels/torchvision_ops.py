@@ -12,6 +12,8 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from fastmrcnn_kernels.host import on_host
 from fastmrcnn_kernels.reference.boxes import clip_boxes, decode_deltas, large_enough
 
+FEW_BOXES = 1000  # of which all pairs are compared at no more cost than groups are taken one by one
+
 
 def roi_align(
     features: Tensor,
@@ -79,7 +81,17 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """`torchvision.ops.nms` group by group: exact, where `torchvision.ops.batched_nms` moves boxes and rounds them."""
+    """`torchvision.ops.nms` of all groups at once where they can be moved apart without rounding, else group by group.
+
+    `torchvision.ops.batched_nms` moves them in float32, and rounds.  In float64 the usual coordinates have room; but
+    boxes of different groups are compared, too, which does not pay for many.
+    """
+    if 0 < len(boxes) <= FEW_BOXES:
+        wide, (_, number) = boxes.double(), idxs.unique(return_inverse=True)
+        offset = (number * (wide.max() - wide.min() + 1).ceil())[:, None]
+        moved = wide + offset
+        if torch.equal(moved - offset, wide):
+            return torchvision.ops.nms(moved, scores.double(), iou_threshold)
     keep = torch.zeros_like(scores, dtype=torch.bool)
     for group in idxs.unique().tolist():
         members = (idxs == group).nonzero().flatten()

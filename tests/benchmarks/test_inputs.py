@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from itertools import product
 
+import pytest
 import torch
 import torchvision
 from torch import Tensor
 
-from benchmarks.inputs import SCALES, Pooling, bins_of_tiles, cells_of_rois, cells_read, pyramid, random_rois
+from benchmarks.bench_nms import THRESHOLD, assert_is_nms
+from benchmarks.inputs import (
+    PHOTO,
+    SCALES,
+    Pooling,
+    bins_of_tiles,
+    cells_of_rois,
+    cells_read,
+    head_outputs,
+    pyramid,
+    random_rois,
+    scored_boxes,
+)
 from fastmrcnn_kernels.reference.roi_align import assign_levels
 
 CASE = Pooling(2, 6, 3, (250, 300))
@@ -55,3 +68,39 @@ def test_inputs_are_those_of_a_detector() -> None:
     assert (rois[:, 4] <= 800).all()
     assert (rois[:, 3:] > rois[:, 1:3]).all()
     assert len(assign_levels(rois[:, 1:], 4, 2, 224, 4).unique()) == 4
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+def test_head_outputs_are_those_of_a_detector(clustered: bool) -> None:
+    logits, deltas = head_outputs(2, PHOTO, torch.float16, clustered=clustered)
+    assert [tuple(x.shape) for x in logits] == [
+        (2, 3, 200, 336),
+        (2, 3, 100, 168),
+        (2, 3, 50, 84),
+        (2, 3, 25, 42),
+        (2, 3, 13, 21),
+    ]
+    assert [x.shape[1] for x in deltas] == [12] * 5
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in (*logits, *deltas))
+    best = logits[0].flatten(1).float().topk(1000).indices % (200 * 336)  # cells
+    rows = [len((image // 336 // 10).unique()) for image in best]
+    columns = [len((image % 336 // 10).unique()) for image in best]
+    assert all((r < 20 or c < 33) if clustered else r == 20 for r, c in zip(rows, columns, strict=True))
+
+
+def test_boxes_in_clusters_overlap_more() -> None:
+    sparse, clustered = (torchvision.ops.nms(*scored_boxes(1000, clustered=c), THRESHOLD) for c in (False, True))
+    assert 20 <= len(clustered) < 500 < len(sparse) < 1000
+
+
+def test_check_of_nms_finds_mistakes() -> None:
+    boxes, scores = (x.cpu() for x in scored_boxes(300, clustered=True))
+    groups = torch.arange(300) % 2
+    kept = torchvision.ops.batched_nms(boxes, scores, groups, THRESHOLD)
+    assert_is_nms(kept, boxes, scores, groups)
+    with pytest.raises(AssertionError, match="overlaps another one"):
+        assert_is_nms(kept, boxes, scores, groups * 0)
+    with pytest.raises(AssertionError, match="overlaps none"):
+        assert_is_nms(kept[:-1], boxes, scores, groups)
+    with pytest.raises(AssertionError):
+        assert_is_nms(kept.flip(0), boxes, scores, groups)
