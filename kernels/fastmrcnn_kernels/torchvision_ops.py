@@ -76,8 +76,10 @@ def multilevel_roi_align(
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """`torchvision.ops.nms`, which wants one dtype, of boxes and scores of any."""
-    dtype = torch.promote_types(boxes.dtype, scores.dtype)
-    return torchvision.ops.nms(boxes.to(dtype), scores.to(dtype), iou_threshold)
+    if boxes.dtype != scores.dtype:
+        dtype = torch.promote_types(boxes.dtype, scores.dtype)
+        boxes, scores = boxes.to(dtype), scores.to(dtype)
+    return torchvision.ops.nms(boxes, scores, iou_threshold)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
