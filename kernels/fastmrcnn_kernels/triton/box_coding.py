@@ -13,37 +13,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
-from fastmrcnn_kernels.triton.launch import INTERPRETED, cdiv, on_device_of, runtime_ints
+from fastmrcnn_kernels.triton.elementary import exp, log
+from fastmrcnn_kernels.triton.launch import cdiv, on_device_of, runtime_ints
 from fastmrcnn_kernels.triton.roi_geometry import LAUNCH_OPTIONS, select, select_int
 
 MAX_LOG_SCALE = tl.constexpr(math.log(1000.0 / 16))
 BLOCK_BOXES = 256
 BLOCK_SLOTS = 128
-
-
-@triton.jit
-def exp(x):
-    """e to the power of `x`, to one unit in the last place; `tl.exp` is compiled to an approximation.
-
-    The interpreter has no libdevice, and NumPy's float32 is two units off.
-    """
-    if INTERPRETED:
-        result = tl.exp(x.to(tl.float64)).to(tl.float32)
-    else:
-        result = libdevice.exp(x)
-    return result
-
-
-@triton.jit
-def log(x):
-    """Natural logarithm of `x`, to one unit in the last place: see `exp`."""
-    if INTERPRETED:
-        result = tl.log(x.to(tl.float64)).to(tl.float32)
-    else:
-        result = libdevice.log(x)
-    return result
 
 
 @triton.jit

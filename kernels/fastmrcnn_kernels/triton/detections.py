@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmrcnn_kernels.triton.box_coding import clip, decode, exp
+from fastmrcnn_kernels.triton.box_coding import clip, decode
+from fastmrcnn_kernels.triton.elementary import exp
 from fastmrcnn_kernels.triton.launch import cdiv, next_power_of_2, on_device_of
 from fastmrcnn_kernels.triton.suppression import (
     BLOCK,

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastmrcnn_kernels.triton.launch import cdiv, on_device_of
 from fastmrcnn_kernels.triton.topk import packed_key, sort_key
 
-BLOCK, COMPARED = 32, 128  # boxes that a program ranks, and how many it compares them with at a time
+BLOCK, COMPARED = 32, 64  # boxes that a program ranks, and how many it compares them with at a time
 
 
 @triton.jit(do_not_specialize=["levels", "slots", "most", "max_keep"])

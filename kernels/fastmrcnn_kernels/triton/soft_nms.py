@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
-from fastmrcnn_kernels.triton.launch import INTERPRETED, next_power_of_2, on_device_of
+from fastmrcnn_kernels.triton.elementary import exp, swap_order
+from fastmrcnn_kernels.triton.launch import next_power_of_2, on_device_of
 from fastmrcnn_kernels.triton.suppression import LAUNCH_OPTIONS, finish, iou
 
 LEAST_BLOCK, BLOCK = 128, 1024
@@ -24,8 +24,7 @@ NOTHING = tl.constexpr(-(1 << 63))
 def _decay(overlap, iou_threshold, sigma, GAUSSIAN: tl.constexpr):
     """What a score is multiplied by."""
     if GAUSSIAN:
-        exponent = tl.div_rn(-(overlap * overlap), sigma)
-        factor = tl.exp(exponent) if INTERPRETED else libdevice.exp(exponent)  # tl.exp is not accurate on a GPU
+        factor = exp(tl.div_rn(-(overlap * overlap), sigma))
         factor = tl.where(factor == factor, factor, 1.0)
     else:
         factor = tl.where(overlap > iou_threshold, 1.0 - overlap, 1.0)
@@ -36,12 +35,10 @@ def _decay(overlap, iou_threshold, sigma, GAUSSIAN: tl.constexpr):
 def _as_key(score, slot, min_score):
     """Score and slot as one int64: the largest is that of the highest score, of equal ones that of the first slot.
 
-    The bits of a float, with the sign turned into two's complement, sort as the float does.  NOTHING, which is less
-    than all keys, is that of a score which is NaN or below `min_score`.
+    NOTHING, which is less than all keys, is that of a score which is NaN or below `min_score`.
     """
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # one zero, one key
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(score >= min_score, (ordered.to(tl.int64) << 32) - slot, NOTHING)
+    return tl.where(score >= min_score, (swap_order(bits).to(tl.int64) << 32) - slot, NOTHING)
 
 
 @triton.jit
@@ -49,7 +46,7 @@ def _of_key(key):
     """Score and slot, int64, of a key."""
     slot = -key & 0xFFFFFFFF
     ordered = ((key + slot) >> 32).to(tl.int32)
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True), slot
+    return swap_order(ordered).to(tl.float32, bitcast=True), slot
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmrcnn_kernels.triton.elementary import swap_order
 from fastmrcnn_kernels.triton.launch import cdiv, on_device_of, runtime_ints
 from fastmrcnn_kernels.triton.roi_geometry import int_of, select, select_int
 
@@ -56,7 +57,7 @@ def sort_key(value):
         bits = number.to(value.dtype).to(tl.int16, bitcast=True).to(tl.int32)
         return ((bits ^ ((bits >> 31) & 0x7FFF)) + 0x8000).to(tl.uint32)
     bits = number.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
+    return swap_order(bits).to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
 @triton.jit
