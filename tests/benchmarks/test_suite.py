@@ -25,6 +25,8 @@ def suite(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[
     path = os.pathsep.join([str(tmp_path), *sys.path])
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    # It is no worker of this run, if this one is spread over processes: there benchmarks are not taken.
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
     command = [sys.executable, "-m", "pytest", "benchmarks", f"--benchmark-json={tmp_path / 'result.json'}", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
     found = tmp_path / "result.json"
