@@ -94,9 +94,9 @@ def proposals(dtype: torch.dtype) -> None:
     shapes = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]
     logits, deltas = ([torch.empty(1, a, *shape, dtype=dtype) for shape in shapes] for a in (3, 12))
     scores, indices = topk_anchors(logits, 1000)
-    base, strides = [torch.empty(3, 4)] * 5, [(s, s) for s in (4, 8, 16, 32, 64)]
+    base, strides = [torch.empty(3, 4)] * 5, [4, 8, 16, 32, 64]
     size = torch.ones(1, 2, dtype=torch.int64)
-    boxes, _ = decode_proposals(deltas, indices, scores, base, strides, size, 1e-3, 0.0, (1.0, 1.0, 1.0, 1.0))
+    boxes, _ = decode_proposals(deltas, indices, scores, base, strides, strides, size, 1e-3, 0.0, (1.0, 1.0, 1.0, 1.0))
     merge_levels(boxes, scores, indices, torch.empty(1, 5, dtype=torch.int64), 1000)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmrcnn.ops.checks import check, widen
 from fastmrcnn.ops.implementations import Impl, choose_kernel
 from fastmrcnn_kernels.host import on_host
+from fastmrcnn_kernels.selection import Selection
 
 
 def select_detections(
@@ -59,16 +60,5 @@ def select_detections(
         raise ValueError(f"max_detections={max_detections}: expected 0 or more")
     without_kernel = "torchvision" if on_host(logits) else "reference"
     _, run = choose_kernel("select_detections", impl, logits, without_kernel, "logits")
-    return run(
-        logits,
-        deltas,
-        widen(proposals),
-        counts,
-        sizes,
-        score_threshold=score_threshold,
-        iou_threshold=iou_threshold,
-        max_detections=max_detections,
-        min_size=min_size,
-        weights=weights,
-        class_agnostic=class_agnostic,
-    )
+    selection = Selection(score_threshold, iou_threshold, max_detections, min_size, weights, class_agnostic)
+    return run(logits, deltas, widen(proposals), counts, sizes, selection)

@@ -11,6 +11,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from fastmrcnn_kernels.host import on_host
 from fastmrcnn_kernels.reference.boxes import clip_boxes, decode_deltas, large_enough
+from fastmrcnn_kernels.selection import Selection
 
 FEW_BOXES = 1000  # of which all pairs are compared at no more cost than groups are taken one by one
 
@@ -130,20 +131,10 @@ def padded_nms(
 
 
 def select_detections(
-    logits: Tensor,
-    deltas: Tensor,
-    proposals: Tensor,
-    counts: Tensor,
-    sizes: Tensor,
-    *,
-    score_threshold: float,
-    iou_threshold: float,
-    max_detections: int,
-    min_size: float,
-    weights: Sequence[float],
-    class_agnostic: bool,
+    logits: Tensor, deltas: Tensor, proposals: Tensor, counts: Tensor, sizes: Tensor, selection: Selection
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Image by image, only the candidates decoded, as many as there are; synchronises."""
+    max_detections = selection.max_detections
     dtype = torch.promote_types(logits.dtype, torch.float32)
     boxes = logits.new_zeros(len(logits), max_detections, 4, dtype=dtype)
     scores = logits.new_zeros(len(logits), max_detections, dtype=dtype)
@@ -151,15 +142,16 @@ def select_detections(
     kept_counts = torch.zeros_like(counts)
     for i, count in enumerate(counts.tolist()):
         shares = logits[i, :count].to(dtype).softmax(dim=-1)
-        proposal, label = (shares[:, 1:] > score_threshold).nonzero().unbind(1)
+        proposal, label = (shares[:, 1:] > selection.score_threshold).nonzero().unbind(1)
         label = label + 1
-        found = decode_deltas(deltas[i, proposal, label].to(dtype), proposals[i, proposal].to(dtype), weights)
+        anchors = proposals[i, proposal].to(dtype)
+        found = decode_deltas(deltas[i, proposal, label].to(dtype), anchors, selection.weights)
         found = clip_boxes(found[None], sizes[i : i + 1])[0]
-        large = large_enough(found, min_size)
+        large = large_enough(found, selection.min_size)
         share = shares[proposal, label][large]
         found, label = found[large], label[large]
-        groups = torch.zeros_like(label) if class_agnostic else label
-        kept = batched_nms(found, share, groups, iou_threshold)[:max_detections]
+        groups = torch.zeros_like(label) if selection.class_agnostic else label
+        kept = batched_nms(found, share, groups, selection.iou_threshold)[:max_detections]
         boxes[i, : len(kept)], scores[i, : len(kept)], labels[i, : len(kept)] = found[kept], share[kept], label[kept]
         kept_counts[i] = len(kept)
     return boxes, scores, labels, kept_counts

@@ -390,8 +390,11 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
     return [
         (torch.ops.fastmrcnn.decode_boxes.default, (found.half(), found[:, 0], weights)),
         (torch.ops.fastmrcnn.encode_boxes.default, (found, anchors, weights)),
-        (torch.ops.fastmrcnn.decode_proposals.default, (deltas, index, None, base, [8, 8], size, 0.1, 0.0, weights)),
-        (torch.ops.fastmrcnn.decode_proposals.default, (deltas, index, scores, base, [8, 8], size, 0.1, 0.5, weights)),
+        (torch.ops.fastmrcnn.decode_proposals.default, (deltas, index, None, base, [8], [8], size, 0.1, 0.0, weights)),
+        (
+            torch.ops.fastmrcnn.decode_proposals.default,
+            (deltas, index, scores, base, [8], [8], size, 0.1, 0.5, weights),
+        ),
     ]
 
 

@@ -259,10 +259,10 @@ def detect(images, count, height, width):
     roi_pool.roi_pool_backward(pooled, position, rois, images, *maps[0].shape[2:], 0.25)
     logits, deltas = ([torch.empty(images, a, *x.shape[2:]) for x in maps] for a in (3, 12))
     scores, indices = topk.topk_anchors(logits, count)
-    sizes, strides = torch.empty(images, 2, dtype=torch.int64), [(4, 4), (8, 8), (16, 16)]
+    sizes, strides = torch.empty(images, 2, dtype=torch.int64), [4, 8, 16]
     base = [torch.empty(3, 4)] * 3
     boxes, valid = box_coding.decode_proposals(
-        deltas, indices, scores, base, strides, sizes, 0.001, 0.0, (1.0, 1.0, 1.0, 1.0)
+        deltas, indices, scores, base, strides, strides, sizes, 0.001, 0.0, (1.0, 1.0, 1.0, 1.0)
     )
     kept, counts = nms.sorted_nms(boxes.flatten(0, 1), valid.flatten(0, 1), None, None, 0.7, count)
     boxes, _, counts = merge.merge_levels(boxes, scores, kept.view_as(scores), counts.view(images, 3), count)

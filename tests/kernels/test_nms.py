@@ -242,6 +242,17 @@ def test_boxes_of_16_bits_are_compared_in_float32(name: str, dtype: torch.dtype)
     assert run_nms(name, found, values, 0.5).tolist() == greedy(found.float(), values.float(), 0.5)
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float32])
+def test_groups_are_told_apart_in_any_dtype(name: str, dtype: torch.dtype) -> None:
+    """Those of floating point have the same whole part."""
+    case = crowd(1, 150)
+    groups = (torch.arange(150) % 2 / 2).to(dtype) if dtype.is_floating_point else (torch.arange(150) % 2).to(dtype)
+    expected = greedy(case.boxes[0], case.scores[0], 0.3, groups)
+    assert expected != greedy(case.boxes[0], case.scores[0], 0.3)
+    assert run_batched(name, case.boxes[0], case.scores[0], groups, 0.3).tolist() == expected
+
+
 def test_strided_inputs() -> None:
     """Boxes by coordinate, scores and groups as views."""
     case, groups = crowd(2, 40), numbered((40, 2), 3).mT

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.detectors import agreement
 
-FEW = {"rpn_post_nms_top_n_test": 40, "box_detections_per_img": 25, "min_size": 160, "max_size": 224}
+FEW = {"rpn_post_nms_top_n_test": 60}
 
 
 def assert_same_form(theirs: list[dict[str, Tensor]], ours: list[dict[str, Tensor]]) -> None:

@@ -2,55 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmrcnn_kernels.host import KERNEL_DEVICES
+from fastmrcnn_kernels.library.launchers import implement
 
 torch.library.define("fastmrcnn::decode_boxes", "(Tensor deltas, Tensor anchors, float[] weights) -> Tensor")
 torch.library.define("fastmrcnn::encode_boxes", "(Tensor boxes, Tensor anchors, float[] weights) -> Tensor")
 torch.library.define(
     "fastmrcnn::decode_proposals",
-    "(Tensor[] deltas, Tensor indices, Tensor? scores, Tensor[] base_anchors, SymInt[] strides, Tensor sizes, "
-    "float min_size, float min_score, float[] weights) -> (Tensor, Tensor)",
+    "(Tensor[] deltas, Tensor indices, Tensor? scores, Tensor[] base_anchors, SymInt[] cell_heights, "
+    "SymInt[] cell_widths, Tensor sizes, float min_size, float min_score, float[] weights) -> (Tensor, Tensor)",
 )
 
 
-@torch.library.impl("fastmrcnn::decode_boxes", KERNEL_DEVICES)
-def _decode_boxes(deltas: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
-    from fastmrcnn_kernels.triton import box_coding
-
-    return box_coding.decode_boxes(deltas, anchors, weights)
-
-
-@torch.library.impl("fastmrcnn::encode_boxes", KERNEL_DEVICES)
-def _encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
-    from fastmrcnn_kernels.triton import box_coding
-
-    return box_coding.encode_boxes(boxes, anchors, weights)
-
-
-@torch.library.impl("fastmrcnn::decode_proposals", KERNEL_DEVICES)
-def _decode_proposals(
-    deltas: Sequence[Tensor],
-    indices: Tensor,
-    scores: Tensor | None,
-    base_anchors: Sequence[Tensor],
-    strides: Sequence[int],
-    sizes: Tensor,
-    min_size: float,
-    min_score: float,
-    weights: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    from fastmrcnn_kernels.triton import box_coding
-
-    by_level = list(zip(strides[::2], strides[1::2], strict=True))
-    return box_coding.decode_proposals(
-        deltas, indices, scores, base_anchors, by_level, sizes, min_size, min_score, weights
-    )
+implement("decode_boxes", "box_coding", "decode_boxes")
+implement("encode_boxes", "box_coding", "encode_boxes")
+implement("decode_proposals", "box_coding", "decode_proposals")
 
 
 @torch.library.register_fake("fastmrcnn::decode_boxes")
@@ -60,17 +31,7 @@ def _coded_shape(coded: Tensor, anchors: Tensor, weights: Sequence[float]) -> Te
 
 
 @torch.library.register_fake("fastmrcnn::decode_proposals")
-def _proposals_shape(
-    deltas: Sequence[Tensor],
-    indices: Tensor,
-    scores: Tensor | None,
-    base_anchors: Sequence[Tensor],
-    strides: Sequence[int],
-    sizes: Tensor,
-    min_size: float,
-    min_score: float,
-    weights: Sequence[float],
-) -> tuple[Tensor, Tensor]:
+def _proposals_shape(deltas: Sequence[Tensor], indices: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     boxes = indices.new_empty(*indices.shape, 4, dtype=torch.float32)
     return boxes, indices.new_empty(indices.shape, dtype=torch.bool)
 
@@ -118,7 +79,7 @@ def decode_proposals(
     NotImplementedError if a gradient is wanted.
     """
     _refuse_gradients("decode_proposals", *deltas, *base_anchors)
-    flat = list(itertools.chain.from_iterable(strides))
+    heights, widths = ([stride[axis] for stride in strides] for axis in (0, 1))
     return torch.ops.fastmrcnn.decode_proposals(
-        deltas, indices, scores, base_anchors, flat, sizes, min_size, min_score, weights
+        deltas, indices, scores, base_anchors, heights, widths, sizes, min_size, min_score, weights
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmrcnn_kernels.host import KERNEL_DEVICES
+from fastmrcnn_kernels.library.launchers import implement
 
 torch.library.define(
     "fastmrcnn::sorted_nms",
@@ -15,13 +16,7 @@ torch.library.define(
 torch.library.define("fastmrcnn::nms", "(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold) -> Tensor")
 
 
-@torch.library.impl("fastmrcnn::sorted_nms", KERNEL_DEVICES)
-def _sorted_nms(
-    boxes: Tensor, alive: Tensor, groups: Tensor | None, order: Tensor | None, iou_threshold: float, max_keep: int
-) -> tuple[Tensor, Tensor]:
-    from fastmrcnn_kernels.triton.nms import sorted_nms
-
-    return sorted_nms(boxes, alive, groups, order, iou_threshold, max_keep)
+implement("sorted_nms", "nms", "sorted_nms")
 
 
 @torch.library.register_fake("fastmrcnn::sorted_nms")

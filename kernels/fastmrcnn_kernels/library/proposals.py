@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmrcnn_kernels.host import KERNEL_DEVICES
+from fastmrcnn_kernels.library.launchers import implement
 
 torch.library.define("fastmrcnn::topk_anchors", "(Tensor[] logits, SymInt k) -> (Tensor, Tensor)")
 torch.library.define(
@@ -16,20 +16,8 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastmrcnn::topk_anchors", KERNEL_DEVICES)
-def _topk_anchors(logits: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    from fastmrcnn_kernels.triton import topk
-
-    return topk.topk_anchors(logits, k)
-
-
-@torch.library.impl("fastmrcnn::merge_levels", KERNEL_DEVICES)
-def _merge_levels(
-    boxes: Tensor, scores: Tensor, kept: Tensor, counts: Tensor, max_keep: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    from fastmrcnn_kernels.triton import merge
-
-    return merge.merge_levels(boxes, scores, kept, counts, max_keep)
+implement("topk_anchors", "topk", "topk_anchors")
+implement("merge_levels", "merge", "merge_levels")
 
 
 @torch.library.register_fake("fastmrcnn::topk_anchors")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmrcnn_kernels.host import KERNEL_DEVICES
+from fastmrcnn_kernels.library.launchers import implement
 
 torch.library.define(
     "fastmrcnn::roi_pool", "(Tensor features, Tensor rois, SymInt[] output_size, float scale) -> (Tensor, Tensor)"
@@ -20,20 +20,8 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastmrcnn::roi_pool", KERNEL_DEVICES)
-def _roi_pool(features: Tensor, rois: Tensor, output_size: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
-    from fastmrcnn_kernels.triton.roi_pool import roi_pool_forward
-
-    return roi_pool_forward(features, rois, output_size, scale)
-
-
-@torch.library.impl("fastmrcnn::roi_pool_backward", KERNEL_DEVICES)
-def _roi_pool_backward(
-    pooled: Tensor, position: Tensor, rois: Tensor, num_images: int, height: int, width: int, scale: float
-) -> Tensor:
-    from fastmrcnn_kernels.triton.roi_pool import roi_pool_backward
-
-    return roi_pool_backward(pooled, position, rois, num_images, height, width, scale)
+implement("roi_pool", "roi_pool", "roi_pool_forward")
+implement("roi_pool_backward", "roi_pool", "roi_pool_backward")
 
 
 @torch.library.register_fake("fastmrcnn::roi_pool")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastmrcnn_kernels.host import KERNEL_DEVICES
+from fastmrcnn_kernels.library.launchers import implement
 
 torch.library.define(
     "fastmrcnn::soft_nms",
@@ -14,35 +16,12 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastmrcnn::soft_nms", KERNEL_DEVICES)
-def _soft_nms(
-    boxes: Tensor,
-    scores: Tensor,
-    valid: Tensor,
-    groups: Tensor | None,
-    gaussian: bool,
-    iou_threshold: float,
-    sigma: float,
-    min_score: float,
-    max_keep: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from fastmrcnn_kernels.triton.soft_nms import padded_soft_nms
-
-    return padded_soft_nms(boxes, scores, valid, groups, gaussian, iou_threshold, sigma, min_score, max_keep)
+implement("soft_nms", "soft_nms", "padded_soft_nms")
 
 
 @torch.library.register_fake("fastmrcnn::soft_nms")
-def _taken_shape(
-    boxes: Tensor,
-    scores: Tensor,
-    valid: Tensor,
-    groups: Tensor | None,
-    gaussian: bool,
-    iou_threshold: float,
-    sigma: float,
-    min_score: float,
-    max_keep: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _taken_shape(boxes: Tensor, scores: Tensor, valid: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    max_keep = rest[-1]
     indices = torch.empty(valid.shape[0], max_keep, dtype=torch.int64, device=boxes.device)
     return indices, torch.empty_like(indices, dtype=torch.float32), indices.new_empty(valid.shape[0])
 

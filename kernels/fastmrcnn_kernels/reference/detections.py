@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from fastmrcnn_kernels.reference.boxes import clip_boxes, decode_deltas, large_enough
 from fastmrcnn_kernels.reference.nms import padded_nms
 from fastmrcnn_kernels.reference.topk import stable_topk
+from fastmrcnn_kernels.selection import Selection
 
 
 def select_detections(
-    logits: Tensor,
-    deltas: Tensor,
-    proposals: Tensor,
-    counts: Tensor,
-    sizes: Tensor,
-    *,
-    score_threshold: float,
-    iou_threshold: float,
-    max_detections: int,
-    min_size: float,
-    weights: Sequence[float],
-    class_agnostic: bool,
+    logits: Tensor, deltas: Tensor, proposals: Tensor, counts: Tensor, sizes: Tensor, selection: Selection
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `fastmrcnn.ops.select_detections`."""
+    max_detections = selection.max_detections
     dtype = torch.promote_types(logits.dtype, torch.float32)
     scores = logits.to(dtype).softmax(dim=-1)[..., 1:]
-    boxes = decode_deltas(deltas.to(dtype), proposals.to(dtype)[:, :, None], weights)[:, :, 1:]
+    boxes = decode_deltas(deltas.to(dtype), proposals.to(dtype)[:, :, None], selection.weights)[:, :, 1:]
     boxes = clip_boxes(boxes, sizes)
     present = torch.arange(scores.shape[1], device=counts.device) < counts[:, None]
-    valid = (scores > score_threshold) & large_enough(boxes, min_size) & present[..., None]
+    valid = (scores > selection.score_threshold) & large_enough(boxes, selection.min_size) & present[..., None]
 
     classes = torch.arange(1, logits.shape[2], device=logits.device).expand_as(scores)
-    if class_agnostic:
+    if selection.class_agnostic:
         boxes, scores, valid, labels = (x.flatten(1, 2) for x in (boxes, scores, valid, classes))
-        kept, count = padded_nms(boxes, scores, valid, iou_threshold, max_detections)
+        kept, count = padded_nms(boxes, scores, valid, selection.iou_threshold, max_detections)
         chosen = kept.clamp(min=0)
     else:
-        survivors = _survivors(boxes, scores, valid, iou_threshold)
+        survivors = _survivors(boxes, scores, valid, selection.iou_threshold)
         boxes, scores, survivors, labels = (x.flatten(1, 2) for x in (boxes, scores, survivors, classes))
         count = survivors.sum(dim=1).clamp(max=max_detections)
         chosen = stable_topk(scores.masked_fill(~survivors, -torch.inf), min(max_detections, scores.shape[1]))[1]

@@ -9,13 +9,14 @@ The second kernel takes them in order of their keys, a chunk at a time, and ends
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmrcnn_kernels.selection import Selection
 from fastmrcnn_kernels.triton.box_coding import clip, decode
 from fastmrcnn_kernels.triton.elementary import exp
 from fastmrcnn_kernels.triton.launch import cdiv, next_power_of_2, on_device_of
@@ -246,19 +247,10 @@ def most_candidates(num_classes: int, score_threshold: float) -> int:
 
 
 def select_detections(
-    logits: Tensor,
-    deltas: Tensor,
-    proposals: Tensor,
-    counts: Tensor,
-    sizes: Tensor,
-    score_threshold: float,
-    iou_threshold: float,
-    max_detections: int,
-    min_size: float,
-    weights: Sequence[float],
-    class_agnostic: bool,
+    logits: Tensor, deltas: Tensor, proposals: Tensor, counts: Tensor, sizes: Tensor, *selection: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Boxes [N, D, 4], scores [N, D], labels [N, D] and counts [N]; see `fastmrcnn.ops.select_detections`."""
+    """Boxes [N, D, 4], scores [N, D], labels [N, D] and counts [N]; `selection` is what a `Selection` holds."""
+    score_threshold, iou_threshold, max_detections, min_size, weights, class_agnostic = Selection(*selection)
     (num_images, num_proposals, num_classes), device = logits.shape, logits.device
     boxes = torch.empty(num_images, max_detections, 4, device=device)
     scores = torch.empty(num_images, max_detections, device=device)

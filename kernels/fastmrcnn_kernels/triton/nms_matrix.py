@@ -23,7 +23,7 @@ from fastmrcnn_kernels.triton.suppression import (
     keep,
     load_boxes,
     resolve,
-    suppressed_by,
+    survivors,
 )
 
 PANEL = 4096  # boxes whose pairs are compared at a time: 2 MB of bits per segment at most
@@ -146,28 +146,23 @@ def _nms_sweep_kernel(
     """
     segment = (tl.program_id(0) // blocks).to(tl.int64)
     position = start + tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    usable = position < num_boxes
-    source = segment * num_boxes + position
-    x1, y1, x2, y2 = load_boxes(boxes_ptr, source, usable)
-    group = source
-    if groups_ptr is not None:
-        group = tl.load(groups_ptr + source, mask=usable, other=0)
-    alive = tl.load(alive_ptr + source, mask=usable, other=0) != 0
-    found = suppressed_by(
-        kept_boxes_ptr + segment * max_keep * 4,
-        kept_groups_ptr + segment * max_keep if groups_ptr is not None else None,
+    _x1, _y1, _x2, _y2, _group, alive = survivors(
+        boxes_ptr,
+        groups_ptr,
+        alive_ptr,
+        kept_boxes_ptr,
+        kept_groups_ptr,
+        segment,
+        position,
         tl.load(count_before_ptr + segment).to(tl.int32),
         tl.load(count_ptr + segment).to(tl.int32),
-        x1,
-        y1,
-        x2,
-        y2,
-        group,
+        num_boxes,
+        max_keep,
         threshold,
-        groups_ptr is not None,
         CHUNK,
     )
-    tl.store(alive_ptr + source, tl.where(alive & ~found, 1, 0).to(tl.uint8), mask=usable)
+    place = alive_ptr + segment * num_boxes + position
+    tl.store(place, tl.where(alive, 1, 0).to(tl.uint8), mask=position < num_boxes)
 
 
 def nms_by_matrix(
@@ -183,7 +178,7 @@ def nms_by_matrix(
     if several:
         alive = alive.clone()
     kept_boxes = boxes.new_empty(segments, max_keep, 4) if several else None
-    kept_groups = torch.empty_like(kept) if several and groups is not None else None
+    kept_groups = groups.new_empty(kept.shape) if several and groups is not None else None
     before = kept.new_zeros(segments) if several else None
     count = kept.new_empty(segments)
     with on_device_of(boxes):

@@ -15,10 +15,9 @@ from fastmrcnn_kernels.triton.suppression import (
     as_word,
     finish,
     keep,
-    load_boxes,
     resolve,
-    suppressed_by,
     suppressed_in_block,
+    survivors,
 )
 
 
@@ -48,29 +47,23 @@ def _nms_stream_kernel(
     first = count * 0
     while (first < num_boxes) & (count < max_keep):
         position = first + tl.arange(0, BLOCK)
-        usable = position < num_boxes
-        source = segment * num_boxes + position
-        x1, y1, x2, y2 = load_boxes(boxes_ptr, source, usable)
-        group = source
-        if groups_ptr is not None:
-            group = tl.load(groups_ptr + source, mask=usable, other=0)
-        alive = tl.load(alive_ptr + source, mask=usable, other=0) != 0
-        found = suppressed_by(
-            kept_boxes_ptr + segment * max_keep * 4,
-            kept_groups_ptr + segment * max_keep if groups_ptr is not None else None,
+        x1, y1, x2, y2, group, alive = survivors(
+            boxes_ptr,
+            groups_ptr,
+            alive_ptr,
+            kept_boxes_ptr,
+            kept_groups_ptr,
+            segment,
+            position,
             0,
             count,
-            x1,
-            y1,
-            x2,
-            y2,
-            group,
+            num_boxes,
+            max_keep,
             threshold,
-            groups_ptr is not None,
             CHUNK,
         )
         within = suppressed_in_block(x1, y1, x2, y2, group, threshold, groups_ptr is not None)
-        kept = resolve(within, as_word(alive & ~found))
+        kept = resolve(within, as_word(alive))
         count = keep(
             kept_ptr,
             order_ptr,
@@ -102,7 +95,7 @@ def nms_by_stream(
             kept,
             count,
             boxes.new_empty(segments, max_keep, 4),
-            None if groups is None else torch.empty_like(kept),
+            None if groups is None else groups.new_empty(kept.shape),
             boxes,
             groups,
             alive,

@@ -97,6 +97,47 @@ def suppressed_by(
 
 
 @triton.jit
+def survivors(
+    boxes_ptr,
+    groups_ptr,
+    alive_ptr,
+    kept_boxes_ptr,
+    kept_groups_ptr,
+    segment,
+    position,
+    first,
+    end,
+    num_boxes,
+    max_keep,
+    threshold,
+    CHUNK: tl.constexpr,
+):
+    """The boxes of a block at `position`, their groups, and which are alive after kept boxes `first` .. `end` - 1."""
+    usable = position < num_boxes
+    source = segment * num_boxes + position
+    x1, y1, x2, y2 = load_boxes(boxes_ptr, source, usable)
+    group = source
+    if groups_ptr is not None:
+        group = tl.load(groups_ptr + source, mask=usable, other=0)
+    alive = tl.load(alive_ptr + source, mask=usable, other=0) != 0
+    found = suppressed_by(
+        kept_boxes_ptr + segment * max_keep * 4,
+        kept_groups_ptr + segment * max_keep if groups_ptr is not None else None,
+        first,
+        end,
+        x1,
+        y1,
+        x2,
+        y2,
+        group,
+        threshold,
+        groups_ptr is not None,
+        CHUNK,
+    )
+    return x1, y1, x2, y2, group, alive & ~found
+
+
+@triton.jit
 def keep(
     kept_ptr,
     order_ptr,

@@ -22,7 +22,7 @@ BLOCK = 2048  # anchors that a program looks at
 RANKED, COMPARED = 32, 128  # selected anchors that a program ranks, and how many it compares them with at a time
 LAUNCH_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
-_RUNTIME = ["image_strides", "anchor_strides", "cell_strides", "anchors", "sizes", "num_images", "k"]
+_RUNTIME = ["num_images", "k"]  # beside tuples of `runtime_ints`
 
 
 @triton.jit
