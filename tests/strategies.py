@@ -1,12 +1,25 @@
-"""Hypothesis strategies for boxes, RoIs, scores, features and padded segments, hostile ones included."""
+"""Hypothesis strategies for boxes, RoIs, scores, features and padded segments, hostile ones included; and where and
+how often kernels are tried on them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Of kernels under test.  On a CPU Triton interprets them, at 5 to 50 ms per program."""
+
+
+def examples(compiled: int, *, interpreted: int) -> settings:
+    """How many a kernel is tried on.  The interpreter does not shrink those that fail, which would take minutes."""
+    if DEVICE == "cuda":
+        return settings(max_examples=compiled)
+    return settings(max_examples=interpreted, phases=(Phase.explicit, Phase.generate))
+
 
 ODD_BOXES = [
     [0.0, 0.0, 0.0, 0.0],

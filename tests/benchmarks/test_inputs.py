@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from benchmarks.bench_nms import THRESHOLD, assert_is_nms
+from benchmarks.bench_nms import THRESHOLD, assert_is_nms, rounding_when_moved
 from benchmarks.inputs import (
     PHOTO,
     SCALES,
@@ -104,3 +104,20 @@ def test_check_of_nms_finds_mistakes() -> None:
         assert_is_nms(kept[:-1], boxes, scores, groups)
     with pytest.raises(AssertionError):
         assert_is_nms(kept.flip(0), boxes, scores, groups)
+
+
+def test_check_of_nms_allows_for_boxes_that_were_moved() -> None:
+    """Two boxes whose overlap torchvision rounds below the threshold among 80 groups; and mistakes are found still."""
+    boxes, scores = (x.cpu() for x in scored_boxes(300, clustered=True))
+    groups = torch.randint(0, 80, (300,), generator=torch.Generator().manual_seed(1))
+    groups[-2:] = 79
+    boxes[-2:] = torch.tensor([[900.0, 900, 920, 920], [900, 900, 920, 910 + 1e-4]])
+    scores[-2:] = torch.tensor([3.0, 2.0])
+    kept = torchvision.ops.batched_nms(boxes, scores, groups, THRESHOLD)
+    band = rounding_when_moved(boxes, 80)
+    assert 0 < band < 0.01
+    with pytest.raises(AssertionError, match="overlaps another one"):
+        assert_is_nms(kept, boxes, scores, groups)
+    assert_is_nms(kept, boxes, scores, groups, band)
+    with pytest.raises(AssertionError, match="overlaps none"):
+        assert_is_nms(kept[:-1], boxes, scores, groups, band)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from strategies import DEVICE
 from tolerances import assert_within_budget
 from torch import Tensor
 
@@ -13,8 +14,6 @@ from benchmarks import tune_roi_align
 from benchmarks.inputs import SCALES, Pooling
 from benchmarks.tune_roi_align import BACKWARD, FORWARD, Problem, Variant, launch
 from fastmrcnn_kernels import torchvision_ops
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("variant", FORWARD + BACKWARD, ids=str)

@@ -1,4 +1,4 @@
-"""Box coding, clipping and proposals against torchvision."""
+"""Box coding, clipping and overlaps of the reference against torchvision."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from strategies import boxes, ordered
 from tolerances import assert_same_decisions
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.image_list import ImageList
 
-from fastmrcnn import ops
 from fastmrcnn_kernels.reference.boxes import clip_boxes, decode_deltas, encode_deltas, large_enough, pairwise_iou
 
 WEIGHTS = [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)]
@@ -70,46 +67,6 @@ def test_iou_equals_torchvision(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(pairwise_iou(a, b), torchvision.ops.box_iou(a, b), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(
-    ("sizes", "ratios"),
-    [
-        (((32,), (64,)), ((0.5, 1.0, 2.0),) * 2),
-        (((16, 24, 40), (50, 60, 70)), ((0.3, 1.0), (0.7, 1.9))),
-        (((8,), (200,)), ((1.0,),) * 2),
-    ],
-)
-def test_decoding_the_selected_equals_selecting_the_decoded(
-    sizes: tuple[tuple[int, ...], ...], ratios: tuple[tuple[float, ...], ...], memory_format: torch.memory_format
-) -> None:
-    """All anchors generated, decoded and clipped by torchvision, against ours from indices."""
-    torch.manual_seed(0)
-    generator = AnchorGenerator(sizes, ratios)
-    images = ImageList(torch.zeros(3, 3, 96, 128), [(96, 128), (80, 101), (33, 128)])
-    maps = [torch.zeros(3, 1, 12, 8), torch.zeros(3, 1, 6, 8)]
-    counts = generator.num_anchors_per_location()
-    deltas = [
-        (torch.randn(3, 4 * a, *m.shape[-2:]) * 0.5).to(memory_format=memory_format)
-        for a, m in zip(counts, maps, strict=True)
-    ]
-    anchors = generator(images, maps)[0].split([a * m[0].numel() for a, m in zip(counts, maps, strict=True)])
-    indices = torch.stack([torch.stack([torch.randperm(len(x))[:9] for x in anchors]) for _ in range(3)])
-    size = torch.tensor(images.image_sizes)
-    strides = [(8, 16), (16, 16)]
-    found, usable = ops.decode_proposals(deltas, indices, generator.cell_anchors, strides, size, min_size=6.0)
-
-    for i, image_size in enumerate(images.image_sizes):
-        expected = []
-        for level, a, index, all_anchors in zip(deltas, counts, indices[i], anchors, strict=True):
-            flat = level[i].view(a, 4, *level.shape[-2:]).permute(2, 3, 0, 1).reshape(-1, 4)
-            expected.append(BoxCoder((1.0, 1.0, 1.0, 1.0)).decode_single(flat, all_anchors)[index])
-        clipped = torchvision.ops.clip_boxes_to_image(torch.cat(expected), image_size)
-        assert torch.equal(found[i].flatten(0, 1), clipped)
-        kept = torchvision.ops.remove_small_boxes(clipped, 6.0)
-        assert usable[i].flatten().nonzero().flatten().tolist() == kept.tolist()
-        assert 0 < len(kept) < len(clipped)
-
-
 @given(a=boxes(9, extent=90.0), b=boxes(9, extent=90.0), threshold=st.sampled_from([0.3, 0.5, 0.7]))
 def test_overlap_decisions_in_float32(a: Tensor, b: Tensor, threshold: float) -> None:
     """The same as in float64, but where the IoU is within eight roundings (sides, areas, union) of the threshold."""
@@ -118,47 +75,3 @@ def test_overlap_decisions_in_float32(a: Tensor, b: Tensor, threshold: float) ->
     found = pairwise_iou(a, b)
     band = 8 * torch.finfo(torch.float32).eps
     assert_same_decisions(found > threshold, exact > threshold, (exact - threshold).abs(), band)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_proposals_are_float32_at_least(dtype: torch.dtype) -> None:
-    """Deltas of 16 bits are decoded in float32, as if they had been given so."""
-    deltas = torch.randn(1, 8, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
-    base = torch.tensor([[-8.0, -8, 8, 8], [-16, -4, 16, 4]])
-    indices, size = torch.arange(24)[None, None], torch.tensor([[40, 50]])
-    found, _ = ops.decode_proposals([deltas], indices, [base], [(16, 16)], size)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    expected, _ = ops.decode_proposals([deltas.to(wide)], indices, [base], [(16, 16)], size)
-    assert found.dtype == wide
-    assert torch.equal(found, expected)
-
-
-def test_proposals_of_hostile_deltas() -> None:
-    """NaN is unusable; infinite growth is limited to 62.5-fold, then clipped to the image."""
-    deltas = torch.zeros(1, 4, 1, 3)
-    deltas[0, 0, 0, 1] = torch.nan
-    deltas[0, 2:, 0, 2] = torch.inf
-    indices = torch.tensor([[[2, 1, 0, -1]]])
-    found, usable = ops.decode_proposals(
-        [deltas], indices, [torch.tensor([[-4.0, -4, 4, 4]])], [(8, 8)], torch.tensor([[30, 40]])
-    )
-    assert usable.tolist() == [[[True, False, True, False]]]
-    assert found[0, 0, 0].tolist() == [0, 0, 40, 30]
-    assert found[0, 0, 2].tolist() == [0, 0, 4, 4]
-    assert found[0, 0, 3].tolist() == [0, 0, 0, 0]
-
-
-def test_proposals_of_low_scores_are_not_usable() -> None:
-    """Nor are those whose score is NaN; one that is just high enough is."""
-    arguments = ([torch.zeros(1, 4, 1, 4)], torch.arange(4)[None, None], [torch.tensor([[-4.0, -4, 4, 4]])], [(8, 8)])
-    scores = torch.tensor([[[0.5, 0.25, torch.nan, 0.2]]])
-    _, usable = ops.decode_proposals(*arguments, torch.tensor([[30, 40]]), scores=scores, min_score=0.25)
-    assert usable.tolist() == [[[True, True, False, False]]]
-
-
-def test_no_proposals() -> None:
-    none = torch.zeros(2, 1, 0, dtype=torch.int64)
-    size = torch.tensor([[30, 40], [30, 40]])
-    found, usable = ops.decode_proposals([torch.rand(2, 4, 3, 3)], none, [torch.rand(1, 4)], [(8, 8)], size)
-    assert found.shape == (2, 1, 0, 4)
-    assert usable.shape == (2, 1, 0)

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from strategies import DEVICE
 from torch import Tensor
 
 from fastmrcnn import ops
 from fastmrcnn_kernels import library
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

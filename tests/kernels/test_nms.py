@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torchvision
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Segments, boxes, scores, segments
+from strategies import DEVICE, Segments, boxes, examples, scores, segments
 from torch import Tensor
 
 from fastmrcnn import ops
@@ -24,9 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy, in the interpreter, of NaN boxes
 ]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXAMPLES = 200 if torch.cuda.is_available() else 12  # the interpreter takes 50 ms per program
-PHASES = tuple(Phase) if torch.cuda.is_available() else (Phase.explicit, Phase.generate)  # shrinking takes minutes
 IMPLEMENTATIONS: list[ops.Impl] = ["reference", "torchvision"]
 KERNELS = ["matrix", "panels", "stream"]
 PANELS = {"panels": 64, "large panels": 1024}
@@ -115,7 +112,7 @@ def test_padded_nms_is_greedy(name: str, case: Segments, threshold: float, max_k
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@settings(max_examples=EXAMPLES, phases=PHASES)
+@examples(200, interpreted=12)
 @given(
     case=segments(150),
     threshold=st.sampled_from(THRESHOLDS),
@@ -317,7 +314,7 @@ def test_at_most_so_many(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=EXAMPLES, phases=PHASES)
+@examples(200, interpreted=12)
 @given(case=segments())
 def test_padding_changes_nothing(name: str, case: Segments) -> None:
     """Nor do boxes in the padding that would win: they overlap everything, with the highest of scores."""

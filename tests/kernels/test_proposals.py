@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import features
+from strategies import DEVICE, examples, features
 from torch import Tensor
 
 from fastmrcnn import ops
@@ -20,9 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy, in the interpreter, of NaN scores
 ]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXAMPLES = 100 if torch.cuda.is_available() else 10  # the interpreter takes 50 ms per program
-PHASES = tuple(Phase) if torch.cuda.is_available() else (Phase.explicit, Phase.generate)  # shrinking takes minutes
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SPECIAL = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0]
 
@@ -79,7 +76,7 @@ def anchors_per_program(count: int) -> Iterator[None]:
         triton_topk.BLOCK = before
 
 
-@settings(max_examples=EXAMPLES, phases=PHASES)
+@examples(100, interpreted=10)
 @given(logits=heads(), k=st.integers(0, 150), block=st.sampled_from([128, 2048]))
 def test_kernel_is_a_stable_sort(logits: list[Tensor], k: int, block: int) -> None:
     """However many programs share a level."""
@@ -156,7 +153,7 @@ def test_reference_merges_levels(case: tuple[Tensor, Tensor, Tensor, Tensor], sh
     check_merged(case, int(share * case[2][0].numel()), "reference")
 
 
-@settings(max_examples=EXAMPLES, phases=PHASES)
+@examples(100, interpreted=10)
 @given(case=kept_boxes(), share=st.floats(0, 1))
 def test_kernel_merges_levels(case: tuple[Tensor, Tensor, Tensor, Tensor], share: float) -> None:
     check_merged(case, int(share * case[2][0].numel()), "triton")

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import boxes, features, rois
+from strategies import DEVICE, boxes, examples, features, rois
 from tolerances import assert_within_budget
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,9 +22,7 @@ from fastmrcnn_kernels.triton import roi_align_backward
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, in the interpreter, of NaN boxes
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXAMPLES, MOST_ROIS = (200, 12) if torch.cuda.is_available() else (6, 4)  # the interpreter takes 50 ms per program
-PHASES = tuple(Phase) if torch.cuda.is_available() else (Phase.explicit, Phase.generate)  # shrinking takes minutes
+MOST_ROIS = 12 if DEVICE == "cuda" else 4
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SAMPLERS: list[dict[str, Any]] = [
     {"sampling_ratio": 2},
@@ -64,7 +62,7 @@ def assert_kernel_keeps_to_the_budget(maps: Sequence[Tensor], run: Callable[...,
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
-@settings(max_examples=EXAMPLES, phases=PHASES)
+@examples(200, interpreted=6)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), scale=st.sampled_from([1.0, 0.25, 0.3]))
 def test_one_level(sampler: dict[str, Any], data: st.DataObject, dtype: torch.dtype, scale: float) -> None:
     maps = data.draw(features(dtype))
@@ -83,7 +81,7 @@ def pyramid(levels: int, dtype: torch.dtype, *, channels: int = 3, height: int =
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 5, 6])
-@settings(max_examples=max(EXAMPLES // 4, 3), phases=PHASES)
+@examples(50, interpreted=3)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), given_levels=st.booleans())
 def test_pyramid(levels: int, data: st.DataObject, dtype: torch.dtype, given_levels: bool) -> None:
     """Levels by area, small boxes reaching several, or given: the first RoI of an image has one that there is not."""

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import features, rois
+from strategies import DEVICE, examples, features, rois
 from tolerances import assert_exact_arithmetic, assert_within_budget
 from torch import Tensor
 
@@ -18,9 +18,7 @@ from fastmrcnn_kernels.reference.roi_pool import round_half_away
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, in the interpreter, of NaN boxes
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXAMPLES, MOST_ROIS = (200, 12) if torch.cuda.is_available() else (10, 4)  # the interpreter takes 50 ms per program
-PHASES = tuple(Phase) if torch.cuda.is_available() else (Phase.explicit, Phase.generate)  # shrinking takes minutes
+MOST_ROIS = 12 if DEVICE == "cuda" else 4
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = st.sampled_from([(1, 1), (2, 3), (7, 7), (5, 2)])
 SCALES = st.sampled_from([1.0, 0.25, 1 / 16, 0.3])
@@ -67,7 +65,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x: ops.roi_pool(x, found, 3, 0.4, impl="reference"), maps)
 
 
-@settings(max_examples=EXAMPLES, phases=PHASES)
+@examples(200, interpreted=10)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), size=SIZES, scale=SCALES, tied=st.booleans())
 def test_kernel_equals_reference(
     data: st.DataObject, dtype: torch.dtype, size: tuple[int, int], scale: float, tied: bool

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import Phase, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import Segments, segments
+from strategies import DEVICE, Segments, examples, segments
 from tolerances import assert_within_budget
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,9 +21,6 @@ from fastmrcnn_kernels.reference import soft_nms as reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, in the interpreter, of NaN boxes
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXAMPLES = 200 if torch.cuda.is_available() else 25  # the interpreter takes 5 ms per box taken
-PHASES = tuple(Phase) if torch.cuda.is_available() else (Phase.explicit, Phase.generate)  # shrinking takes minutes
 RUNS = {"reference": reference.padded_soft_nms, "kernel": library.padded_soft_nms}
 BAND = 3e-5
 """More than 40 decays, of a few roundings each, amount to; relative to the score."""
@@ -166,7 +163,7 @@ def test_reference_is_the_definition(data: st.DataObject, case: Segments, option
         torch.testing.assert_close(found[1], taken, rtol=1e-12, atol=0)
 
 
-@settings(max_examples=EXAMPLES, phases=PHASES)
+@examples(200, interpreted=25)
 @given(data=st.data(), case=segments(), options=OPTIONS)
 def test_linear_kernel_equals_reference(data: st.DataObject, case: Segments, options: Options) -> None:
     numbers = data.draw(groups(case))
@@ -174,7 +171,7 @@ def test_linear_kernel_equals_reference(data: st.DataObject, case: Segments, opt
     assert_equal(run("kernel", case, numbers, options), run("reference", case, numbers, options))
 
 
-@settings(max_examples=EXAMPLES, phases=PHASES)
+@examples(200, interpreted=25)
 @given(data=st.data(), case=segments(), options=OPTIONS)
 def test_gaussian_kernel_within_budget(data: st.DataObject, case: Segments, options: Options) -> None:
     """Of single precision: the same boxes, and scores as near to the definition as the reference's."""
@@ -335,7 +332,7 @@ def test_segments_without_boxes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-@settings(max_examples=EXAMPLES, phases=PHASES)
+@examples(200, interpreted=25)
 @given(case=segments(), method=METHODS)
 def test_padding_changes_nothing(name: str, case: Segments, method: str) -> None:
     """Nor do boxes in the padding that would win: they overlap everything, with the highest of scores."""
