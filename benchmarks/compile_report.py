@@ -34,8 +34,11 @@ from triton.runtime import jit
 from fastmrcnn_kernels.sampler import Sampler
 from fastmrcnn_kernels.triton.box_coding import decode_boxes, decode_proposals, encode_boxes
 from fastmrcnn_kernels.triton.detections import select_detections
+from fastmrcnn_kernels.triton.mask_iou import mask_iou
 from fastmrcnn_kernels.triton.merge import merge_levels
 from fastmrcnn_kernels.triton.nms import sorted_nms
+from fastmrcnn_kernels.triton.paste import paste_masks
+from fastmrcnn_kernels.triton.rle import encode_bool, encode_masks
 from fastmrcnn_kernels.triton.roi_align import roi_align_forward
 from fastmrcnn_kernels.triton.roi_align_backward import roi_align_backward
 from fastmrcnn_kernels.triton.roi_pool import roi_pool_backward, roi_pool_forward
@@ -122,6 +125,24 @@ def detections(dtype: torch.dtype, num_classes: int) -> None:
     select_detections(logits, deltas, *rest, 0.05, 0.5, 100, 0.01, (10.0, 10.0, 5.0, 5.0), False)
 
 
+def paste(out: str, *, detectron2: bool) -> None:
+    """100 masks on a canvas of 800 x 1333."""
+    masks, boxes, sizes = torch.empty(1, 100, 28, 28), torch.empty(1, 100, 4), torch.ones(1, 2, dtype=torch.int64)
+    paste_masks(masks, boxes, 800, 1333, sizes, torch.ones(1, dtype=torch.int64), detectron2, 1, 0.5, out)
+
+
+def rle(*, detectron2: bool) -> None:
+    """100 masks in an image of 800 x 1333."""
+    masks, boxes, sizes = torch.empty(1, 100, 28, 28), torch.empty(1, 100, 4), torch.ones(1, 2, dtype=torch.int64)
+    encode_masks(masks, boxes, sizes, torch.ones(1, dtype=torch.int64), 800, 1333, 160_000, detectron2, 1, 0.5)
+
+
+def overlaps(*, crowds: bool) -> None:
+    """Of 100 x 100 packed masks of an 800 x 1333 image."""
+    bits = torch.empty(100, 800, 42, dtype=torch.int32)
+    mask_iou(bits, bits, torch.empty(100, dtype=torch.bool) if crowds else None)
+
+
 def _cases() -> dict[str, Callable[[], None]]:
     cases: dict[str, Callable[[], None]] = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -145,6 +166,13 @@ def _cases() -> dict[str, Callable[[], None]]:
     for name, gaussian in (("linear", False), ("gaussian", True)):
         cases[f"soft_nms {name} 2 x 1000"] = lambda g=gaussian: soft_nms(2, 1000, gaussian=g)
         cases[f"soft_nms {name} 2 x 10000 in groups"] = lambda g=gaussian: soft_nms(2, 10_000, gaussian=g, grouped=True)
+    for semantics in ("torchvision", "detectron2"):
+        for out in ("soft", "bool", "bits"):
+            cases[f"paste {out} {semantics}"] = lambda o=out, s=semantics: paste(o, detectron2=s == "detectron2")
+        cases[f"rle {semantics}"] = lambda s=semantics: rle(detectron2=s == "detectron2")
+    cases["mask_iou"] = lambda: overlaps(crowds=False)
+    cases["mask_iou with crowds"] = lambda: overlaps(crowds=True)
+    cases["rle of images"] = lambda: encode_bool(torch.empty(100, 800, 1333, dtype=torch.bool), 160_000)
     cases["detections bfloat16 1204 classes"] = lambda: detections(torch.bfloat16, 1204)
     return cases
 

@@ -12,6 +12,54 @@ import torch
 from hypothesis import settings
 
 
+def check_bounds() -> None:
+    """Make the interpreter refuse what a GPU may let pass: reading or writing beyond the tensors a kernel is given."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    owned: list[tuple[int, int]] = []
+
+    def addresses(values: Any) -> Iterator[tuple[int, int]]:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                first = value.untyped_storage().data_ptr()
+                yield first, first + value.untyped_storage().nbytes()
+            elif isinstance(value, tuple | list):
+                yield from addresses(value)
+
+    def execute(self: interpreter.GridExecutor, *args: object, **kwargs: object) -> object:
+        owned[:] = addresses((*args, *kwargs.values()))
+        return run(self, *args, **kwargs)
+
+    def check(access: str, pointers: Any, mask: Any) -> None:
+        used = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
+        if used.size:
+            first, last = int(used.min()), int(used.max())
+            inside = any(start <= first and last < end for start, end in owned)
+            assert inside, f"a kernel {access} {first:#x} to {last:#x}, outside of all that it was given"
+
+    def load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check("reads", pointers, mask)
+        return masked_load(self, pointers, mask, *rest)
+
+    def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check("writes", pointers, mask)
+        return masked_store(self, pointers, value, mask, *rest)
+
+    def add(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check("adds to", pointers, mask)
+        return atomic(self, operation, pointers, value, mask, *rest)
+
+    run = interpreter.GridExecutor.__call__
+    interpreter.GridExecutor.__call__ = execute
+    masked_load = interpreter.InterpreterBuilder.create_masked_load
+    masked_store = interpreter.InterpreterBuilder.create_masked_store
+    atomic = interpreter.InterpreterBuilder.create_atomic_rmw
+    interpreter.InterpreterBuilder.create_atomic_rmw = add
+    interpreter.InterpreterBuilder.create_masked_load = load
+    interpreter.InterpreterBuilder.create_masked_store = store
+
+
 def patch_interpreter() -> None:
     """Halve the time that the interpreter takes.
 
@@ -47,6 +95,7 @@ def patch_interpreter() -> None:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: kernels run on CPU tensors
     patch_interpreter()
+    check_bounds()
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("default")

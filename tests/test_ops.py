@@ -60,13 +60,28 @@ CALLS: dict[str, Callable[..., Any]] = {
         **k,
     ),
     "paste_masks": lambda **k: ops.paste_masks(torch.rand(3, 7, 7), torch.rand(3, 4) * 9, (20, 30), **k),
+    "pack_bits": lambda **k: ops.pack_bits(torch.rand(2, 8, 40) < 0.5, **k),
+    "unpack_bits": lambda **k: ops.unpack_bits(torch.ones(2, 8, 2).int(), 40, **k),
+    "count_bits": lambda **k: ops.count_bits(torch.ones(2, 8, 2).int(), **k),
+    "mask_iou": lambda **k: ops.mask_iou(torch.ones(2, 8, 2).int(), torch.ones(3, 8, 2).int(), **k),
+    "boundary_iou": lambda **k: ops.boundary_iou(torch.ones(2, 8, 2).int(), torch.ones(3, 8, 2).int(), 40, **k),
     "heatmaps_to_keypoints": lambda **k: ops.heatmaps_to_keypoints(
         torch.rand(3, 2, 7, 7), torch.rand(3, 4) * 9, (20, 30), **k
     ),
 }
 
 
-NO_KERNEL_YET = ["paste_masks", "heatmaps_to_keypoints"]
+ON_HOST: dict[str, Callable[..., Any]] = {
+    "begin_encoding": lambda **k: ops.begin_encoding(
+        torch.rand(2, 3, 7, 7), torch.rand(2, 3, 4) * 9, [(8, 9)] * 2, **k
+    ),
+    "encode_masks": lambda **k: ops.encode_masks(torch.rand(3, 7, 7), torch.rand(3, 4) * 9, (8, 9), **k),
+    "encode_bool": lambda **k: ops.encode_bool(torch.rand(3, 8, 9) < 0.5, **k),
+}
+"""What ends in text, on the CPU."""
+ALL = CALLS | ON_HOST
+
+NO_KERNEL_YET = ["heatmaps_to_keypoints"]
 
 
 @pytest.mark.parametrize("op", NO_KERNEL_YET)
@@ -75,10 +90,10 @@ def test_triton_is_not_there_yet_and_says_so(op: str) -> None:
         CALLS[op](impl="triton")
 
 
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", ALL)
 def test_unknown_implementation(op: str) -> None:
     with pytest.raises(ValueError, match="impl='cuda': expected 'auto'"):
-        CALLS[op](impl="cuda")
+        ALL[op](impl="cuda")
 
 
 def test_torchvision_has_no_such_operation() -> None:
@@ -86,11 +101,11 @@ def test_torchvision_has_no_such_operation() -> None:
         CALLS["decode_proposals"](impl="torchvision")
 
 
-ALSO_CALLED = {"soft_nms": "padded_soft_nms"}
+ALSO_CALLED = {"soft_nms": "padded_soft_nms", "begin_encoding": "encode_masks", "boundary_iou": "mask_iou"}
 """Functions that are another one with a view of its results."""
 
 
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", ALL)
 def test_an_explicit_request_never_falls_back(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the reference was called")
@@ -98,14 +113,14 @@ def test_an_explicit_request_never_falls_back(op: str, monkeypatch: pytest.Monke
     implementation = ALSO_CALLED.get(op, op)
     monkeypatch.setitem(implementations.IMPLEMENTATIONS[implementation], "reference", broken)
     with pytest.raises(RuntimeError, match="the reference was called"):
-        CALLS[op](impl="reference")
+        ALL[op](impl="reference")
     monkeypatch.delitem(implementations.IMPLEMENTATIONS[implementation], "reference")
     with pytest.raises(NotImplementedError, match=f"{implementation} has no 'reference'"):
-        CALLS[op](impl="reference")
+        ALL[op](impl="reference")
 
 
 def test_automatic_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's, where it is the faster one there."""
+    """torchvision's, or NumPy, where there is one: those are faster there."""
     chosen = []
     for op, available in implementations.IMPLEMENTATIONS.items():
         for name, run in available.items():
@@ -115,11 +130,13 @@ def test_automatic_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
                 return run(*args, **kwargs)
 
             monkeypatch.setitem(available, name, recorded)
-    for call in CALLS.values():
+    for call in ALL.values():
         call()
-    called = [ALSO_CALLED.get(op, op) for op in CALLS]
-    theirs = {op for op, available in implementations.IMPLEMENTATIONS.items() if "torchvision" in available}
-    assert chosen == [(op, "torchvision" if op in theirs - {"paste_masks"} else "reference") for op in called]
+    called = [ALSO_CALLED.get(op, op) for op in ALL]
+    for op, name in zip(called, (name for op, name in chosen if op in called), strict=True):
+        fast = [other for other in ("torchvision", "numpy") if other in implementations.IMPLEMENTATIONS[op]]
+        assert name == (fast or ["reference"])[0], op
+    assert [op for op, _ in chosen if op in called] == called
 
 
 HELPERS: dict[str, Callable[[], Any]] = {
@@ -290,7 +307,6 @@ def select(**changed: Any) -> Any:
         (lambda: decode(sizes=torch.ones(2, 3)), ValueError, r"sizes: .*\[\*, 2\]"),
         (lambda: ops.paste_masks(torch.rand(3, 7, 8), torch.rand(3, 4), (9, 9)), ValueError, "masks: .*7, 8"),
         (lambda: ops.paste_masks(torch.rand(3, 7, 7), torch.rand(3, 4), (0, 9)), ValueError, "size="),
-        (lambda: ops.paste_masks(torch.rand(3, 7, 7), torch.rand(3, 4), (9, 9), out="bits"), ValueError, "out='bits'"),
         (
             lambda: ops.paste_masks_in_image(torch.rand(3, 2, 7, 7), torch.rand(3, 4), (9, 9)),
             ValueError,

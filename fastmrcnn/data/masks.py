@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from fastmrcnn_kernels.reference.rle import from_text
+
 # Boundary points pycocotools is let to visit for one polygon, counting 5 per pixel; each takes 16 bytes.
 _MAX_BOUNDARY_POINTS = 20_000_000
 _CHUNK_BYTES = 1 << 15  # so that the arrays of a chunk stay in the processor's cache
@@ -76,45 +78,10 @@ def total_pixels(counts: Sequence[str | bytes]) -> list[int]:
 
 
 def _totals_of_chunk(strings: list[bytes]) -> list[int]:
-    # Format: a character holds 5 bits (+48), bit 0x20 says "more follow", low bits first, the last character's bit 0x10
-    # is the sign. From the fourth value on, a value is the difference to the one two before it.
-    nonempty = [i for i, string in enumerate(strings) if string]
+    runs, owner, valid = from_text(strings)
     totals = np.zeros(len(strings), np.int64)
-    if not nonempty:
-        return totals.tolist()
-    lengths = np.array([len(strings[i]) for i in nonempty])
-    chars = np.frombuffer(b"".join(strings), np.uint8).astype(np.int64) - 48
-    owner = np.repeat(np.arange(len(nonempty)), lengths)
-    bad = np.zeros(len(nonempty), bool)
-    bad[owner[(chars < 0) | (chars > 63)]] = True
-
-    last = (chars & 0x20) == 0
-    string_ends = np.cumsum(lengths) - 1
-    bad[~last[string_ends]] = True
-    last[string_ends] = True  # keeps an unfinished value from running into the next string
-
-    value_ends = np.flatnonzero(last)
-    value_starts = np.concatenate([[0], value_ends[:-1] + 1])
-    digits = value_ends - value_starts + 1
-    value_owner = owner[value_starts]
-    bad[value_owner[digits > 7]] = True  # 35 bits: enough for any image, too few to overflow what follows
-    place = np.minimum(np.arange(len(chars)) - np.repeat(value_starts, digits), 6)
-    values = np.add.reduceat((chars & 0x1F) << (5 * place), value_starts)
-    values -= np.where(chars[value_ends] & 0x10, np.left_shift(1, 5 * np.minimum(digits, 7)), 0)
-
-    num_values = np.bincount(value_owner, minlength=len(nonempty))
-    firsts = np.cumsum(num_values) - num_values
-    index = np.arange(len(values)) - firsts[value_owner]
-    odd = np.cumsum(np.where(index % 2 == 1, values, 0))
-    even = np.cumsum(np.where(index % 2 == 0, values, 0))
-    odd -= np.repeat(odd[firsts], num_values)
-    even -= np.repeat(even[firsts], num_values)
-    runs = np.where(index == 0, values, np.where(index % 2 == 1, odd, even))
-
-    wrong = (runs < 0) | (runs > np.iinfo(np.int32).max)
-    bad[value_owner[wrong]] = True
-    totals[nonempty] = np.where(bad, -1, np.add.reduceat(np.where(wrong, 0, runs), firsts))
-    return totals.tolist()
+    np.add.at(totals, owner, runs)
+    return np.where(valid, totals, -1).tolist()
 
 
 def _check_rle(rle: dict[str, Any], height: int, width: int, total: int | None) -> str | None:

@@ -4,32 +4,47 @@ Signatures are torchvision's where it has the operation.  Every function takes `
 
 - `"auto"`: the fastest implementation for the device of the inputs;
 - `"reference"`: plain PyTorch, the specification, any device, float64-capable;
-- `"torchvision"`: torchvision's own code, where it has the same semantics;
+- `"torchvision"`: torchvision's own code, where it has the same semantics, or its method;
+- `"numpy"`: bit operations on a CPU;
 - `"triton"`: the GPU kernels.
 
 Asking for an implementation that is not there raises NotImplementedError; an explicit request never falls back.
 Boxes are `x1,y1,x2,y2` in pixels everywhere.
 """
 
+from fastmrcnn.ops.bits import boundary_iou, count_bits, mask_boundary, mask_iou, pack_bits, unpack_bits
 from fastmrcnn.ops.boxes import decode_boxes, encode_boxes
 from fastmrcnn.ops.detections import select_detections
 from fastmrcnn.ops.implementations import Impl
-from fastmrcnn.ops.masks import heatmaps_to_keypoints, paste_masks, paste_masks_in_image
+from fastmrcnn.ops.masks import Semantics, heatmaps_to_keypoints, paste_masks, paste_masks_in_image
 from fastmrcnn.ops.proposals import decode_proposals, merge_levels, topk_anchors
+from fastmrcnn.ops.rle import RLE, Encoded, begin_encoding, decode, encode_bool, encode_masks
 from fastmrcnn.ops.roi import MultiScaleRoIAlign, multilevel_roi_align, pool_like, roi_align, roi_pool
 from fastmrcnn.ops.suppression import batched_nms, nms, padded_nms, padded_soft_nms, soft_nms
 
 __all__ = [
+    "RLE",
+    "Encoded",
     "Impl",
     "MultiScaleRoIAlign",
+    "Semantics",
     "batched_nms",
+    "begin_encoding",
+    "boundary_iou",
+    "count_bits",
+    "decode",
     "decode_boxes",
     "decode_proposals",
+    "encode_bool",
     "encode_boxes",
+    "encode_masks",
     "heatmaps_to_keypoints",
+    "mask_boundary",
+    "mask_iou",
     "merge_levels",
     "multilevel_roi_align",
     "nms",
+    "pack_bits",
     "padded_nms",
     "padded_soft_nms",
     "paste_masks",
@@ -40,4 +55,5 @@ __all__ = [
     "select_detections",
     "soft_nms",
     "topk_anchors",
+    "unpack_bits",
 ]

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torchvision.models.detection import roi_heads as torchvision_heads
 
-from fastmrcnn_kernels import library, torchvision_ops
+from fastmrcnn_kernels import library, numpy_bits, torchvision_masks, torchvision_ops
+from fastmrcnn_kernels.reference import bits as reference_bits
 from fastmrcnn_kernels.reference import boxes as reference_boxes
 from fastmrcnn_kernels.reference import detections as reference_detections
 from fastmrcnn_kernels.reference import keypoints as reference_keypoints
 from fastmrcnn_kernels.reference import nms as reference_nms
 from fastmrcnn_kernels.reference import paste as reference_paste
 from fastmrcnn_kernels.reference import proposals as reference_proposals
+from fastmrcnn_kernels.reference import rle as reference_rle
 from fastmrcnn_kernels.reference import roi_align as reference_roi_align
 from fastmrcnn_kernels.reference import roi_pool as reference_roi_pool
 from fastmrcnn_kernels.reference import soft_nms as reference_soft_nms
 
-Impl = Literal["auto", "reference", "triton", "torchvision"]
+Impl = Literal["auto", "reference", "triton", "torchvision", "numpy"]
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -64,7 +66,25 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "torchvision": torchvision_ops.select_detections,
         "triton": library.select_detections,
     },
-    "paste_masks": {"reference": reference_paste.paste_masks, "torchvision": torchvision_ops.paste_masks},
+    "paste_masks": {
+        "reference": reference_paste.paste_masks,
+        "torchvision": torchvision_masks.paste_masks,
+        "triton": library.paste_masks,
+    },
+    "encode_masks": {
+        "reference": reference_rle.encode_masks,
+        "torchvision": torchvision_masks.encode_masks,
+        "triton": library.encode_masks,
+    },
+    "encode_bool": {"reference": reference_rle.encode_bool, "triton": library.encode_bool},
+    "pack_bits": {"reference": reference_bits.pack_bits, "numpy": numpy_bits.pack_bits},
+    "unpack_bits": {"reference": reference_bits.unpack_bits, "numpy": numpy_bits.unpack_bits},
+    "count_bits": {"reference": reference_bits.count_bits, "numpy": numpy_bits.count_bits},
+    "mask_iou": {
+        "reference": reference_bits.mask_iou,
+        "numpy": numpy_bits.mask_iou,
+        "triton": library.mask_iou,
+    },
     "heatmaps_to_keypoints": {
         "reference": reference_keypoints.heatmaps_to_keypoints,
         "torchvision": lambda heatmaps, boxes, max_size: torchvision_heads.heatmaps_to_keypoints(heatmaps, boxes),
@@ -75,8 +95,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
 def choose(op: str, impl: str, auto: str) -> Callable[..., Any]:
     """The implementation of `op` that `impl` names, where "auto" means `auto`; NotImplementedError if there is none."""
     available = IMPLEMENTATIONS[op]
-    if impl not in ("auto", "reference", "triton", "torchvision"):
-        raise ValueError(f"impl={impl!r}: expected 'auto', 'reference', 'triton' or 'torchvision'")
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl={impl!r}: expected {', '.join(map(repr, get_args(Impl)))}")
     name = auto if impl == "auto" else impl
     if name not in available:
         others = " or ".join(repr(k) for k in ("auto", *available))
@@ -85,15 +105,21 @@ def choose(op: str, impl: str, auto: str) -> Callable[..., Any]:
 
 
 def choose_kernel(
-    op: str, impl: str, tensor: Tensor, without_kernel: str, name: str = "features"
+    op: str,
+    impl: str,
+    tensor: Tensor,
+    without_kernel: str,
+    name: str = "features",
+    dtypes: Sequence[torch.dtype] = _KERNEL_DTYPES,
 ) -> tuple[str, Callable[..., Any]]:
     """Name and function of the implementation for inputs like `tensor`: `"auto"` is the kernel where it runs.
 
-    TypeError if the kernel is asked for and `tensor`, the argument `name`, is of no dtype that it has.
+    TypeError if the kernel is asked for and `tensor`, the argument `name`, is of none of its `dtypes`.
     """
-    if impl == "triton" and tensor.dtype not in _KERNEL_DTYPES:
-        raise TypeError(f"impl='triton': expected float32, float16 or bfloat16 {name}, got {tensor.dtype}")
+    if impl == "triton" and tensor.dtype not in dtypes:
+        accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"impl='triton': expected {accepted} {name}, got {tensor.dtype}")
     if impl == "auto":
-        runs = tensor.is_cuda and tensor.dtype in _KERNEL_DTYPES and _HAS_TRITON
+        runs = tensor.is_cuda and tensor.dtype in dtypes and _HAS_TRITON
         impl = "triton" if runs else without_kernel
     return impl, choose(op, impl, impl)

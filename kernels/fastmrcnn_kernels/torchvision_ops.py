@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torchvision
 from torch import Tensor
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from fastmrcnn_kernels.host import on_host
 from fastmrcnn_kernels.reference.boxes import clip_boxes, decode_deltas, large_enough
@@ -155,8 +154,3 @@ def select_detections(
         boxes[i, : len(kept)], scores[i, : len(kept)], labels[i, : len(kept)] = found[kept], share[kept], label[kept]
         kept_counts[i] = len(kept)
     return boxes, scores, labels, kept_counts
-
-
-def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], padding: int) -> Tensor:
-    """torchvision's Python loop over masks; boxes must touch the image."""
-    return paste_masks_in_image(masks[:, None], boxes, size, padding)[:, 0]

@@ -77,6 +77,24 @@ def detector_calls() -> dict[str, tuple[Any, ...]]:
     }
 
 
+def mask_calls() -> dict[str, tuple[Any, ...]]:
+    """Arguments of every operator between the head of masks and images or text."""
+    masks, boxes = torch.rand(2, 2, 5, 5, device=DEVICE), torch.rand(2, 2, 4, device=DEVICE) * 9
+    sizes, counts = torch.tensor([[8, 9], [6, 7]], device=DEVICE), torch.tensor([2, 1], device=DEVICE)
+    bits = torch.randint(-(2**31), 2**31, (3, 4, 2), dtype=torch.int32, device=DEVICE)
+    return {
+        "paste_masks": (masks.requires_grad_(), boxes, 8, 9, sizes, counts, False, 1, 0.5, "soft"),
+        "encode_masks": (masks.detach(), boxes, sizes, counts, 8, 9, 90, True, 1, 0.5),
+        "encode_bool": (torch.rand(2, 8, 9, device=DEVICE) < 0.5, 90),
+        "mask_iou": (bits, bits[:2], torch.tensor([True, False], device=DEVICE)),
+    }
+
+
+@pytest.mark.parametrize("op", ["paste_masks", "encode_masks", "encode_bool", "mask_iou"])
+def test_opcheck_of_masks(op: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.fastmrcnn, op).default, mask_calls()[op])
+
+
 @pytest.mark.parametrize("op", ["topk_anchors", "sorted_nms", "merge_levels", "select_detections"])
 def test_opcheck_of_a_detector(op: str) -> None:
     torch.library.opcheck(getattr(torch.ops.fastmrcnn, op).default, detector_calls()[op])
@@ -242,7 +260,8 @@ from collections import defaultdict
 from itertools import product
 from benchmarks.compile_report import TARGETS, record
 from fastmrcnn_kernels.sampler import Sampler
-from fastmrcnn_kernels.triton import box_coding, detections, merge, nms, roi_align, roi_align_backward, roi_pool, topk
+from fastmrcnn_kernels.triton import box_coding, detections, mask_iou, merge, nms, paste, rle
+from fastmrcnn_kernels.triton import roi_align, roi_align_backward, roi_pool, topk
 from triton.compiler import make_backend
 from triton.runtime import jit
 
@@ -270,6 +289,11 @@ def detect(images, count, height, width):
     box_coding.decode_boxes(regression, boxes, WEIGHTS)
     box_coding.encode_boxes(boxes, boxes, WEIGHTS)
     detections.select_detections(classes, regression, boxes, counts, sizes, 0.05, 0.5, 100, 0.01, WEIGHTS, False)
+    masks = torch.empty(images, count, 28, 28)
+    paste.paste_masks(masks, boxes, height, width, sizes, counts, False, 1, 0.5, "soft")
+    rle.encode_masks(masks, boxes, sizes, counts, height, width, count * width, False, 1, 0.5)
+    bits = torch.empty(count, height, width // 32, dtype=torch.int32)
+    mask_iou.mask_iou(bits, bits[:images], None)
 
 backend, seen = make_backend(TARGETS["sm_90"]), defaultdict(set)
 for images, count, side in product((1, 3, 16), (960, 1000, 1001), ((800, 1344), (1024, 1024), (333, 517))):
@@ -290,7 +314,7 @@ def test_nothing_is_compiled_for_another_size() -> None:
     assert run.returncode == 0, run.stderr
     found, passes = run.stdout.splitlines()
     counts = ast.literal_eval(found)
-    assert len(counts) == 15
+    assert len(counts) == 22
     assert set(counts.values()) == {1}, counts
     assert passes == "4"
 

@@ -4,8 +4,10 @@ That makes them visible to autograd, `torch.compile`, `torch.export` and fake te
 features stay 16-bit and boxes float32.  Triton itself is imported at the first call.
 """
 
+from fastmrcnn_kernels.library.bits import mask_iou
 from fastmrcnn_kernels.library.boxes import decode_boxes, decode_proposals, encode_boxes
 from fastmrcnn_kernels.library.detections import select_detections
+from fastmrcnn_kernels.library.masks import encode_bool, encode_masks, paste_masks
 from fastmrcnn_kernels.library.nms import batched_nms, nms, padded_nms
 from fastmrcnn_kernels.library.proposals import merge_levels, topk_anchors
 from fastmrcnn_kernels.library.roi_align import multilevel_roi_align, roi_align
@@ -16,12 +18,16 @@ __all__ = [
     "batched_nms",
     "decode_boxes",
     "decode_proposals",
+    "encode_bool",
     "encode_boxes",
+    "encode_masks",
+    "mask_iou",
     "merge_levels",
     "multilevel_roi_align",
     "nms",
     "padded_nms",
     "padded_soft_nms",
+    "paste_masks",
     "roi_align",
     "roi_pool",
     "select_detections",

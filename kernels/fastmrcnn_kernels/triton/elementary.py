@@ -36,3 +36,13 @@ def log(x):
 def swap_order(bits):
     """Bits of a float32 to an int32 that sorts as the float does, and back: two's complement for a sign bit."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def fma(a, b, c):
+    """a * b + c with one rounding; products of float32, and all but one sum in 2^29, are as good in float64."""
+    if INTERPRETED:
+        result = (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    else:
+        result = tl.fma(a, b, c)
+    return result
