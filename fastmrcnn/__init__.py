@@ -12,6 +12,7 @@ from fastmrcnn.models.builders import (
     maskrcnn_resnet50_fpn_v2,
 )
 from fastmrcnn.models.mask_rcnn import FasterRCNN, KeypointRCNN, MaskRCNN
+from fastmrcnn.predictor import Prediction, Predictor
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,8 @@ __all__ = [
     "ImageBatch",
     "KeypointRCNN",
     "MaskRCNN",
+    "Prediction",
+    "Predictor",
     "ProposalBatch",
     "TargetBatch",
     "fasterrcnn_mobilenet_v3_large_320_fpn",

@@ -18,11 +18,25 @@ from pycocotools import mask as rle_codec
 from pycocotools.coco import COCO
 from torch import Tensor
 
-__all__ = ["IouType", "count_keypoints", "detections_to_coco", "load_ground_truth", "load_json", "load_results"]
+from fastmrcnn import ops
+
+__all__ = [
+    "RESULT_KEYS",
+    "IouType",
+    "check_results",
+    "count_keypoints",
+    "detections_to_coco",
+    "iou_types_of",
+    "load_ground_truth",
+    "load_json",
+    "load_results",
+    "match_categories",
+]
 
 IouType = Literal["bbox", "segm", "keypoints"]
 
-_RESULT_KEY = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
+# The field of annotations and results that each type compares.
+RESULT_KEYS: dict[IouType, str] = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
 
 
 def load_json(path: str | os.PathLike[str]) -> Any:
@@ -70,16 +84,38 @@ def load_ground_truth(source: dict[str, Any] | str | os.PathLike[str], iou_type:
     return _index({**data, "annotations": annotations})
 
 
-def load_results(source: list[dict[str, Any]] | str | os.PathLike[str], truth: COCO, iou_type: IouType) -> COCO:
-    """What pycocotools' loadRes does, for each record by its own keys, on a copy, with checks, and for no results."""
+def load_results(
+    source: list[dict[str, Any]] | str | os.PathLike[str], truth: COCO, iou_type: IouType, num_keypoints: int
+) -> list[dict[str, Any]]:
+    """The results of a list or a JSON file, as :func:`check_results` returns them."""
     data, name = (source, "results") if isinstance(source, list | dict) else (load_json(source), str(source))
     if not isinstance(data, list):
         raise ValueError(f"{name}: COCO results must be a list of records, got {type(data).__name__}")
-    num_keypoints = count_keypoints(truth) if iou_type == "keypoints" else 0
+    return check_results(data, truth, iou_type, num_keypoints, name)
+
+
+def check_results(
+    records: Sequence[dict[str, Any]], truth: COCO, iou_type: IouType, num_keypoints: int, name: str
+) -> list[dict[str, Any]]:
+    """What pycocotools' loadRes does, for each record by its own keys, on a copy, with checks, and for no results.
+
+    Args:
+        records: COCO results.
+        truth: the ground truth they belong to.
+        iou_type: what of them is to be compared.
+        num_keypoints: keypoints that an object has.
+        name: of the records in error messages.
+
+    Returns:
+        For each record a copy with id (from 1), iscrowd, area in pixels and, for masks, compressed RLE.
+
+    Raises:
+        ValueError: a record is malformed or names an image or category that the ground truth does not have.
+    """
     annotations = []
-    for i, record in enumerate(data):
+    for i, record in enumerate(records):
         where = f"{name}[{i}]"
-        _require(record, ["image_id", "category_id", "score", _RESULT_KEY[iou_type]], where)
+        _require(record, ["image_id", "category_id", "score", RESULT_KEYS[iou_type]], where)
         if record["image_id"] not in truth.imgs:
             raise ValueError(f"{where}: image_id {record['image_id']!r} is not in the ground truth")
         if record["category_id"] not in truth.cats:
@@ -88,7 +124,7 @@ def load_results(source: list[dict[str, Any]] | str | os.PathLike[str], truth: C
             raise ValueError(f"{where}: score must be a finite number, got {record['score']!r}")
         region = _region(record, iou_type, truth.imgs[record["image_id"]], num_keypoints, where)
         annotations.append({**record, "id": i + 1, "iscrowd": 0, **region})
-    return _index({**truth.dataset, "annotations": annotations})
+    return annotations
 
 
 def _region(
@@ -162,7 +198,7 @@ def _check_bbox(box: Any, where: str) -> None:
 
 
 def detections_to_coco(
-    output: Mapping[str, Tensor],
+    output: Mapping[str, Any],
     image_id: int,
     category_ids: Sequence[int | None],
     *,
@@ -172,7 +208,8 @@ def detections_to_coco(
 
     Args:
         output: what the model returns for the image: boxes float [D, 4] (x1, y1, x2, y2 in pixels), labels int [D]
-            from 1, scores float [D]; masks float [D, 1, H, W] in 0..1 and keypoints float [D, K, 3] if it has them.
+            from 1, scores float [D]; if it has them, masks float [D, 1, H, W] in 0..1, or D COCO RLEs, and keypoints
+            float [D, K, 3].
         image_id: the image's id in the ground truth.
         category_ids: the category of label ``l`` is ``category_ids[l - 1]``; None leaves its detections out.
         mask_threshold: a pixel belongs to a mask where the soft mask is above this.
@@ -197,7 +234,9 @@ def detections_to_coco(
         "score": output["scores"].tolist(),
     }
     if "masks" in output:
-        columns["segmentation"] = _encode(output["masks"], mask_threshold)
+        masks = output["masks"]
+        encoded = ops.encode_bool(masks[:, 0] > mask_threshold).rles if isinstance(masks, Tensor) else masks
+        columns["segmentation"] = encoded
     if "keypoints" in output:
         columns["keypoints"] = output["keypoints"].flatten(1).tolist()
     records = []
@@ -209,12 +248,39 @@ def detections_to_coco(
     return records
 
 
-def _encode(masks: Tensor, threshold: float) -> list[dict[str, Any]]:
-    """Soft masks [D, 1, H, W] as D compressed RLEs with str counts."""
-    if masks.shape[0] == 0:
-        return []
-    # pycocotools wants [H, W, D] in Fortran order, which is [D, W, H] in C order: transposed where the masks are, so
-    # that one byte per pixel is moved once and numpy copies nothing.
-    pixels = (masks[:, 0] > threshold).transpose(1, 2).contiguous().view(torch.uint8).cpu().numpy()
-    rles = rle_codec.encode(pixels.transpose(2, 1, 0))
-    return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in rles]
+def iou_types_of(output: Mapping[str, Any]) -> list[IouType]:
+    """What the output of a model, as in :func:`detections_to_coco`, can be measured by; also if it found nothing."""
+    keys: dict[IouType, str] = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
+    return [iou_type for iou_type, key in keys.items() if key in output]
+
+
+def match_categories(
+    class_names: Sequence[str],
+    category_ids: Sequence[int],
+    categories: Sequence[dict[str, Any]],
+) -> list[int | None]:
+    """The category in a COCO file of each label of a model trained on another file.
+
+    By name, since ids are each file's own; by id only if no name is shared.
+
+    Args:
+        class_names: the model's classes, label ``l`` is ``class_names[l - 1]``.
+        category_ids: the ids of these classes in the file the model was trained on.
+        categories: the categories of the COCO file to measure on.
+
+    Returns:
+        One category id per label, None for a class the file does not have.
+
+    Raises:
+        ValueError: no class of the model is in the file.
+    """
+    by_name = {category["name"]: category["id"] for category in categories}
+    known_ids = set(by_name.values())
+    if not by_name.keys().isdisjoint(class_names):
+        return [by_name.get(name) for name in class_names]
+    if not known_ids.isdisjoint(category_ids):
+        return [category_id if category_id in known_ids else None for category_id in category_ids]
+    raise ValueError(
+        f"the checkpoint and the annotations share no category: the checkpoint has {list(class_names)[:10]}, "
+        f"the annotations have {list(by_name)[:10]}"
+    )

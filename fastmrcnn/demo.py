@@ -10,8 +10,9 @@ import torch
 
 from fastmrcnn.checkpoints import load_model
 from fastmrcnn.data import Shapes
-from fastmrcnn.evaluate import default_device, evaluate
+from fastmrcnn.evaluate import evaluate
 from fastmrcnn.files import write_atomically
+from fastmrcnn.inference import default_device
 from fastmrcnn.models.config import ModelConfig
 from fastmrcnn.train import DataConfig, OptimConfig, TrainConfig, train
 from fastmrcnn.visualize import comparison

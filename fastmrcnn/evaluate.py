@@ -2,23 +2,29 @@
 
 import contextlib
 import os
+import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Subset
 
-from fastmrcnn.coco_eval import CocoMetrics, evaluate_coco
-from fastmrcnn.coco_records import IouType, detections_to_coco, load_json
-from fastmrcnn.data import CocoDetection, DetectionDataset, collate
-from fastmrcnn.files import write_json
+from fastmrcnn.coco_eval import Backend, CocoMetrics, check_backend, evaluate_coco
+from fastmrcnn.coco_evaluator import CocoEvaluator
+from fastmrcnn.coco_records import RESULT_KEYS, IouType, detections_to_coco, iou_types_of, load_json, match_categories
+from fastmrcnn.data import CocoDetection, DetectionDataset
+from fastmrcnn.distributed import all_gather, broadcast, process_group, rank, world_size
+from fastmrcnn.inference import default_device
+from fastmrcnn.precision_recall import check_plot, plot_precision_recall
+from fastmrcnn.predictor import Predictor
+from fastmrcnn.results_file import results_writer
 
-__all__ = ["EvaluateConfig", "collect_results", "evaluate", "match_categories", "run"]
+__all__ = ["EvaluateConfig", "evaluate", "match_categories", "run"]
 
 
 def evaluate(
@@ -34,11 +40,16 @@ def evaluate(
     category_ids: Sequence[int | None] | None = None,
     progress: bool = True,
     results_path: str | os.PathLike[str] | None = None,
-) -> dict[str, CocoMetrics]:
+    backend: Backend = "pycocotools",
+) -> dict[IouType, CocoMetrics]:
     """Measure a model on a dataset.
 
-    The numbers are over the images the dataset delivered; a warning says if the annotations list more. The model's
-    mode (and that of each of its modules) is as before afterwards.
+    The numbers are over the images the dataset delivered, each once; a warning says if the annotations list more. The
+    model's mode (and that of each of its modules) is as before afterwards. Results are evaluated image by image and
+    not held in memory.
+
+    In a ``torch.distributed`` process group, every process must call it, with the same arguments. Each runs the model
+    on its share of the images, and all return the same numbers, those of one process.
 
     Args:
         model: called in eval mode with a list of float32 [3, H, W] in 0..1, returns torchvision's list of dicts.
@@ -53,179 +64,114 @@ def evaluate(
         use_categories: False ignores categories, as for a class-agnostic model.
         category_ids: the category of each of the model's labels, None for one the dataset does not have. By default
             ``dataset.category_ids``.
-        progress: show a progress bar.
-        results_path: also write the COCO results to this JSON file.
+        progress: show a progress bar (of rank 0).
+        results_path: also write the COCO results to this JSON file, while the model runs; it appears when all are
+            done. Of several processes, rank 0 writes it.
+        backend: as in :func:`fastmrcnn.coco_eval.evaluate_coco`. "faster_coco_eval" needs all results at once: rank 0
+            reads them back from the file, or from a temporary one, into memory.
 
     Returns:
         The metrics by IoU type.
+
+    Raises:
+        IsADirectoryError: ``results_path`` is a folder.
+        ValueError: an argument is out of range, the backend is not installed, or the annotations are malformed.
     """
+    check_backend(backend)
     if results_path is not None and Path(results_path).is_dir():
         raise IsADirectoryError(f"results_path must name a file, but {results_path} is a folder")
-    results, image_ids = _run_model(model, dataset, device, batch_size, workers, max_detections, category_ids, progress)
-    if results_path is not None:
-        write_json(results_path, results)
-    missing = len({image["id"] for image in dataset.coco["images"]} - image_ids)
-    if missing:
+    options: Any = {"max_detections": max_detections, "use_categories": use_categories}
+    categories = dataset.category_ids if category_ids is None else category_ids
+    evaluator: CocoEvaluator | None = None
+    seen: set[int] = set()
+    with contextlib.ExitStack() as stack:
+        if results_path is None and backend == "faster_coco_eval":
+            results_path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "results.json"
+        # Closed in any case, so that the model is as before even if an error is kept and with it the iterator.
+        outputs = _predictions(model, dataset, device, batch_size, workers, max_detections, progress)
+        with results_writer(results_path) as write, contextlib.closing(outputs):
+            for image_id, output in outputs:
+                # A dataset that passes over a corrupt image hands out the next one twice: it counts once.
+                if image_id in seen:
+                    write([])
+                    continue
+                seen.add(image_id)
+                records = detections_to_coco(output, image_id, categories)
+                write(records)
+                iou_types = iou_types or _measurable(dataset.coco, iou_types_of(output))
+                if backend == "pycocotools":
+                    evaluator = evaluator or CocoEvaluator(dataset.coco, iou_types, **options)
+                    evaluator.add(image_id, records)
+        seen = set().union(*all_gather(seen))
+        states = all_gather(evaluator.state() if evaluator else {})
+        metrics: dict[IouType, CocoMetrics] = {}
+        if rank() == 0:
+            # Rank 0 has the first image, if there is any.
+            iou_types = iou_types or _measurable(dataset.coco, None)
+            if backend == "pycocotools":
+                evaluator = evaluator or CocoEvaluator(dataset.coco, iou_types, **options)
+                for state in states[1:]:
+                    evaluator.merge(state)
+                metrics = evaluator.metrics()
+            else:
+                assert results_path is not None
+                found = load_json(results_path)
+                for iou_type in iou_types:
+                    metrics[iou_type] = evaluate_coco(
+                        dataset.coco, found, iou_type, image_ids=seen, backend=backend, **options
+                    )
+    missing = len({image["id"] for image in dataset.coco["images"]} - seen)
+    if missing and rank() == 0:
         warnings.warn(
             f"{missing} images of the annotations were not delivered by the dataset and do not count", stacklevel=2
         )
-    return {
-        iou_type: evaluate_coco(
-            dataset.coco,
-            results,
-            iou_type,
-            max_detections=max_detections,
-            use_categories=use_categories,
-            image_ids=image_ids,
-        )
-        for iou_type in iou_types or _measurable(dataset.coco, results)
-    }
+    return broadcast(metrics)
 
 
-def collect_results(
-    model: nn.Module,
-    dataset: DetectionDataset,
-    *,
-    device: torch.device | str | None = None,
-    batch_size: int = 1,
-    workers: int = 0,
-    max_detections: int | None = None,
-    category_ids: Sequence[int | None] | None = None,
-    progress: bool = True,
-) -> list[dict[str, Any]]:
-    """The COCO results of a model on a dataset; arguments as for :func:`evaluate`."""
-    return _run_model(model, dataset, device, batch_size, workers, max_detections, category_ids, progress)[0]
-
-
-def _run_model(
+def _predictions(
     model: nn.Module,
     dataset: DetectionDataset,
     device: torch.device | str | None,
     batch_size: int,
     workers: int,
     max_detections: int | None,
-    category_ids: Sequence[int | None] | None,
     progress: bool,
-) -> tuple[list[dict[str, Any]], set[int]]:
-    """COCO results and the ids of the images seen."""
-    device = device_of(model) if device is None else torch.device(device)
-    categories = dataset.category_ids if category_ids is None else category_ids
-    pin = device.type == "cuda"
-    # A cast, since DataLoader asks for its own base class and needs only len() and [i].
-    loader = DataLoader(cast(Any, dataset), batch_size, num_workers=workers, collate_fn=collate, pin_memory=pin)
-    results: list[dict[str, Any]] = []
-    seen: set[int] = set()
-    model.to(device)
-    with (
-        eval_mode(model),
-        detection_limit(model, max_detections or 100, raise_only=True),
-        tqdm(total=len(dataset), desc="evaluate", unit="image", disable=not progress) as bar,
-    ):
-        for images, targets in loader:
-            bar.update(len(images))
-            # A dataset that passes over a corrupt image hands out the next one twice: it counts once.
-            new: dict[int, Tensor] = {}
-            for image, target in zip(images, targets, strict=True):
-                image_id = int(target["image_id"])
-                if image_id not in seen:
-                    new.setdefault(image_id, image.to(device, non_blocking=True))
-            if not new:
-                continue
-            seen.update(new)
-            with torch.inference_mode():
-                outputs = model(list(new.values()))
-            for image_id, output in zip(new, outputs, strict=True):
-                results += detections_to_coco(output, image_id, categories)
-    return results, seen
+) -> Generator[tuple[int, dict[str, Any]], None, None]:
+    """Image id and result of this process' share of the items: of rank r in n processes r, r + n, r + 2 n, ..."""
+    # Casts, since Subset and DataLoader ask for their own base class and need only len() and [i].
+    share = Subset(cast(Any, dataset), range(rank(), len(dataset), world_size()))
+    loader = DataLoader(share, batch_size=None, num_workers=workers, collate_fn=cast(Any, _image_and_id))
+    limit = max(max_detections or 100, getattr(getattr(model, "roi_heads", None), "detections_per_img", None) or 0)
+    predictor = Predictor(model, device=device, masks="rle", batch_size=batch_size, max_detections=limit, workers=0)
+    ids: deque[int] = deque()
+
+    def images() -> Iterator[Tensor]:
+        for image, image_id in loader:
+            ids.append(image_id)
+            yield image
+
+    title = "evaluate" if progress and rank() == 0 else False
+    for prediction in predictor.stream(images(), progress=title, total=len(share)):
+        assert prediction.result is not None
+        yield ids.popleft(), prediction.result
 
 
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and afterwards each module back in the mode it was in (some are frozen in eval)."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _image_and_id(item: tuple[Tensor, dict[str, Any]]) -> tuple[Tensor, int]:
+    """All that evaluation needs of a dataset's item: masks of the ground truth stay in the process that loads."""
+    return item[0], int(item[1]["image_id"])
 
 
-@contextlib.contextmanager
-def detection_limit(model: nn.Module, limit: int | None, *, raise_only: bool = False) -> Iterator[None]:
-    """Set how many detections a detector returns per image, for the duration; other models are left alone.
-
-    Args:
-        model: a detector has ``model.roi_heads.detections_per_img``.
-        limit: the number of detections; None leaves the model's own.
-        raise_only: leave a higher limit of the model as it is.
-    """
-    heads: Any = getattr(model, "roi_heads", None)
-    before = getattr(heads, "detections_per_img", None)
-    if limit is None or before is None or (raise_only and before >= limit):
-        yield
-        return
-    heads.detections_per_img = limit
-    try:
-        yield
-    finally:
-        heads.detections_per_img = before
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's weights are; the CPU for a model without any."""
-    weight = next(model.parameters(), None)
-    return torch.device("cpu") if weight is None else weight.device
-
-
-def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _measurable(coco: dict[str, Any], results: list[dict[str, Any]]) -> list[IouType]:
-    """What both the annotations and the results have; an empty one of the two leaves it to the other."""
-    keys: dict[IouType, str] = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
+def _measurable(coco: dict[str, Any], given: Sequence[IouType] | None) -> list[IouType]:
+    """What both the annotations and the results have; what is empty (for results None) leaves it to the other."""
+    records = coco["annotations"]
     types: list[IouType] = [
         iou_type
-        for iou_type, key in keys.items()
-        if all(not records or any(record.get(key) for record in records) for records in (coco["annotations"], results))
+        for iou_type, key in RESULT_KEYS.items()
+        if (given is None or iou_type in given) and (not records or any(record.get(key) for record in records))
     ]
     if not types:
         raise ValueError("the results have nothing that the annotations have: neither bbox, segmentation nor keypoints")
     return types
-
-
-def match_categories(
-    class_names: Sequence[str],
-    category_ids: Sequence[int],
-    categories: Sequence[dict[str, Any]],
-) -> list[int | None]:
-    """The category in a COCO file of each label of a model trained on another file.
-
-    By name, since ids are each file's own; by id only if no name is shared.
-
-    Args:
-        class_names: the model's classes, label ``l`` is ``class_names[l - 1]``.
-        category_ids: the ids of these classes in the file the model was trained on.
-        categories: the categories of the COCO file to measure on.
-
-    Returns:
-        One category id per label, None for a class the file does not have.
-
-    Raises:
-        ValueError: no class of the model is in the file.
-    """
-    by_name = {category["name"]: category["id"] for category in categories}
-    known_ids = set(by_name.values())
-    if not by_name.keys().isdisjoint(class_names):
-        return [by_name.get(name) for name in class_names]
-    if not known_ids.isdisjoint(category_ids):
-        return [category_id if category_id in known_ids else None for category_id in category_ids]
-    raise ValueError(
-        f"the checkpoint and the annotations share no category: the checkpoint has {list(class_names)[:10]}, "
-        f"the annotations have {list(by_name)[:10]}"
-    )
 
 
 @dataclass
@@ -244,6 +190,8 @@ class EvaluateConfig:
         workers: processes that load images.
         device: where to run, such as cuda, cuda:1 or cpu; by default cuda if there is one.
         output: COCO results file (JSON) to write.
+        plot: picture of the precision-recall curves (.png or .svg) to write.
+        backend: who compares, pycocotools or the faster faster_coco_eval, with the same numbers.
     """
 
     annotations: Path
@@ -257,33 +205,46 @@ class EvaluateConfig:
     workers: int = 2
     device: str | None = None
     output: Path | None = None
+    plot: Path | None = None
+    backend: Backend = "pycocotools"
 
 
-def run(config: EvaluateConfig) -> dict[str, CocoMetrics]:
+def run(config: EvaluateConfig) -> dict[IouType, CocoMetrics]:
     """Evaluate as configured, print the tables and return the metrics by IoU type.
 
+    Under torchrun, each process takes its share of the images on a device of its own, and rank 0 prints and writes.
+
     Raises:
-        ValueError: neither or both of checkpoint and results are given, or a checkpoint without images.
+        ValueError: neither or both of checkpoint and results are given, or a checkpoint without images; or a plot or
+            a backend that is impossible or not installed.
         FileNotFoundError: a file does not exist.
     """
     if (config.checkpoint is None) == (config.results is None):
         raise ValueError("give either a checkpoint to run or a results file to evaluate")
-    metrics = _evaluate_file(config) if config.results is not None else _evaluate_checkpoint(config)
+    check_backend(config.backend)
+    if config.plot is not None:
+        check_plot(config.plot)
+    with process_group(config.device or default_device()) as device:
+        metrics = _evaluate_file(config) if config.results is not None else _evaluate_checkpoint(config, device)
+        if rank() > 0:
+            return metrics
     for iou_type, numbers in metrics.items():
         print(f"{iou_type}\n{numbers.table()}")
-        if len(numbers.per_class) > 1:
+        if len(numbers.classes) > 1:
             print(numbers.class_table())
+    if config.plot is not None:
+        print(f"precision-recall curves: {plot_precision_recall(metrics, config.plot)}")
     return metrics
 
 
-def _evaluate_file(config: EvaluateConfig) -> dict[str, CocoMetrics]:
+def _evaluate_file(config: EvaluateConfig) -> dict[IouType, CocoMetrics]:
     assert config.results is not None
     iou_types: Sequence[IouType] | None = config.iou_types
     if iou_types is None:
         coco, results = load_json(config.annotations), load_json(config.results)
         readable = isinstance(coco, dict) and isinstance(results, list)
         # What is unreadable is for evaluate_coco to refuse, which names the file and the record.
-        iou_types = _measurable(coco, results) if readable else ["bbox"]
+        iou_types = _measurable(coco, _iou_types_in(results)) if readable else ["bbox"]
     return {
         iou_type: evaluate_coco(
             config.annotations,
@@ -291,12 +252,19 @@ def _evaluate_file(config: EvaluateConfig) -> dict[str, CocoMetrics]:
             iou_type,
             max_detections=config.max_detections,
             use_categories=config.use_categories,
+            backend=config.backend,
         )
         for iou_type in iou_types
     }
 
 
-def _evaluate_checkpoint(config: EvaluateConfig) -> dict[str, CocoMetrics]:
+def _iou_types_in(results: list[dict[str, Any]]) -> list[IouType] | None:
+    """What any of the records can be measured by; None if there are no records."""
+    found: list[IouType] = [kind for kind, key in RESULT_KEYS.items() if any(record.get(key) for record in results)]
+    return found if results else None
+
+
+def _evaluate_checkpoint(config: EvaluateConfig, device: torch.device) -> dict[IouType, CocoMetrics]:
     assert config.checkpoint is not None
     if config.images is None:
         raise ValueError("a checkpoint needs images: give the folder of the images that the annotations name")
@@ -304,7 +272,6 @@ def _evaluate_checkpoint(config: EvaluateConfig) -> dict[str, CocoMetrics]:
     from fastmrcnn.checkpoints import load_model
 
     dataset = CocoDetection(config.images, config.annotations, masks=_has_masks(load_json(config.annotations)))
-    device = torch.device(config.device) if config.device else default_device()
     model, info = load_model(config.checkpoint, device)
     return evaluate(
         model,
@@ -317,6 +284,7 @@ def _evaluate_checkpoint(config: EvaluateConfig) -> dict[str, CocoMetrics]:
         use_categories=config.use_categories,
         category_ids=match_categories(info.class_names, info.category_ids, dataset.coco["categories"]),
         results_path=config.output,
+        backend=config.backend,
     )
 
 

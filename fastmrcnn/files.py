@@ -5,11 +5,11 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_atomically", "write_json"]
+__all__ = ["json_list_writer", "write_atomically", "write_json"]
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
@@ -30,24 +30,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         IsADirectoryError: ``path`` is a folder.
         OSError: the folder cannot be written to.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"path must name a file, but {path} is a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The same folder is the same file system, the only place from which os.replace is one step.
-    temporary = path.parent / f".{uuid.uuid4().hex}.tmp{path.suffix}"
-    try:
+    with _replacing(path) as temporary:
         write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-    return path
+    return Path(path)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
@@ -58,6 +43,68 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
             json.dump(value, file)
 
     return write_atomically(path, write)
+
+
+@contextlib.contextmanager
+def json_list_writer(path: str | os.PathLike[str], *, keep_on_error: bool = False) -> Iterator[Callable[[Any], None]]:
+    """Write a JSON list one record at a time, none of which is held in memory.
+
+    Inside the ``with`` block the file grows beside its final place; it is moved there, whole, at the end of the block,
+    as by :func:`write_atomically`.
+
+    Args:
+        path: the file to write: a JSON list with one record per line. Missing parent folders are made.
+        keep_on_error: if the block fails or is interrupted, move the list of the records so far into place, too. By
+            default the old file then stays as it was and nothing else is left in the folder.
+
+    Yields:
+        A function that appends a record. A record that JSON cannot express raises TypeError and is not written.
+
+    Raises:
+        IsADirectoryError: ``path`` is a folder.
+        OSError: the folder cannot be written to.
+    """
+    failure: BaseException | None = None
+    with _replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        separator = "[\n"
+
+        def append(record: Any) -> None:
+            nonlocal separator
+            # As text first: half a record would make the whole list unreadable.
+            file.write(separator + json.dumps(record))
+            separator = ",\n"
+
+        try:
+            yield append
+        except BaseException as error:
+            if not keep_on_error:
+                raise
+            failure = error
+        file.write("[]\n" if separator == "[\n" else "\n]\n")
+    if failure is not None:
+        raise failure
+
+
+@contextlib.contextmanager
+def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields where to write; moved to `path` at the end of the block, removed if that fails."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"path must name a file, but {path} is a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The same folder is the same file system, the only place from which os.replace is one step.
+    temporary = path.parent / f".{uuid.uuid4().hex}.tmp{path.suffix}"
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

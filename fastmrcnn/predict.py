@@ -1,92 +1,19 @@
 """Find objects in images: a picture with the detections per image, and all of them as one COCO results file."""
 
-import os
-import warnings
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from fastmrcnn.coco_records import detections_to_coco, load_json
-from fastmrcnn.data import DataError, image_files, load_image
-from fastmrcnn.evaluate import default_device, detection_limit, device_of, eval_mode, match_categories
-from fastmrcnn.files import write_atomically, write_json
+from fastmrcnn.coco_records import detections_to_coco, load_json, match_categories
+from fastmrcnn.data import image_files
+from fastmrcnn.files import json_list_writer, write_atomically
+from fastmrcnn.predictor import Predictor
 from fastmrcnn.visualize import draw
 
-__all__ = ["PredictConfig", "predict_images", "run"]
-
-
-def predict_images(
-    model: nn.Module,
-    paths: Sequence[str | os.PathLike[str]],
-    *,
-    device: torch.device | str | None = None,
-    batch_size: int = 1,
-    on_error: Literal["raise", "skip"] = "raise",
-    progress: bool = True,
-) -> Iterator[tuple[Path, Tensor, dict[str, Tensor]]]:
-    """Run a model over image files, a few at a time.
-
-    Args:
-        model: called in eval mode with a list of float32 [3, H, W] in 0..1, returns torchvision's list of dicts. Its
-            mode is as before afterwards.
-        paths: image files.
-        device: where to run; the model is moved there. None is where the model is.
-        batch_size: images per call of the model.
-        on_error: "raise" stops at an image that cannot be read, once all before it have been yielded; "skip" leaves it
-            out and warns at the end with the number of such images.
-        progress: show a progress bar.
-
-    Yields:
-        The path, the image (float32 [3, H, W] on the CPU) and the model's output for it, in the order of ``paths``.
-
-    Raises:
-        DataError: an image cannot be read; the message names it.
-        FileNotFoundError: there is no such file.
-    """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}')
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    device = device_of(model) if device is None else torch.device(device)
-    model.to(device)
-    unreadable: list[str] = []
-    batch: list[tuple[Path, Tensor]] = []
-    with eval_mode(model), tqdm(total=len(paths), desc="predict", unit="image", disable=not progress) as bar:
-        for path in map(Path, paths):
-            try:
-                batch.append((path, load_image(path)))
-            except (DataError, OSError) as error:
-                if on_error == "raise":
-                    yield from _predict_batch(model, batch, device)
-                    raise
-                unreadable.append(str(error))
-                bar.update()
-            if len(batch) == batch_size:
-                yield from _predict_batch(model, batch, device)
-                bar.update(len(batch))
-                batch = []
-        yield from _predict_batch(model, batch, device)
-        bar.update(len(batch))
-    if unreadable:
-        warnings.warn(f"{len(unreadable)} images could not be read, such as: {unreadable[0]}", stacklevel=2)
-
-
-def _predict_batch(
-    model: nn.Module, batch: list[tuple[Path, Tensor]], device: torch.device
-) -> Iterator[tuple[Path, Tensor, dict[str, Tensor]]]:
-    if not batch:
-        return
-    # Not around the yield: whoever iterates would run in inference mode, too.
-    with torch.inference_mode():
-        outputs = model([image.to(device, non_blocking=True) for _, image in batch])
-    for (path, image), output in zip(batch, outputs, strict=True):
-        yield path, image, output
+__all__ = ["PredictConfig", "run"]
 
 
 @dataclass
@@ -99,7 +26,8 @@ class PredictConfig:
         output: folder for the pictures, one PNG per image, and results.json with all detections in COCO format.
         score_threshold: detections scored below are not drawn; results.json has them all.
         max_detections: detections per image; by default the model's own limit.
-        batch_size: images per call of the model.
+        batch_size: images per call of the model, chosen by size among the next few.
+        workers: threads that read images ahead.
         device: where to run, such as cuda, cuda:1 or cpu; by default cuda if there is one.
         overlay: false writes results.json only.
         annotations: COCO annotation file to take image ids and category ids from, so that results.json can be
@@ -113,6 +41,7 @@ class PredictConfig:
     score_threshold: float = 0.5
     max_detections: int | None = None
     batch_size: int = 1
+    workers: int = 2
     device: str | None = None
     overlay: bool = True
     annotations: Path | None = None
@@ -120,7 +49,7 @@ class PredictConfig:
 
 
 def run(config: PredictConfig) -> Path:
-    """Predict as configured, print where the results are, and return the path of results.json.
+    """Predict as configured, print where the results are and how fast they came, and return the path of results.json.
 
     A record of results.json is a COCO result with the image's ``file_name`` added: its path within the input folder.
 
@@ -128,9 +57,6 @@ def run(config: PredictConfig) -> Path:
         FileNotFoundError: an input, the checkpoint or the annotations do not exist.
         ValueError: no images, a picture would overwrite an input, or an image is not in the annotations.
     """
-    # Read by a command only: whoever predicts with a model of their own needs none of the weight formats.
-    from fastmrcnn.checkpoints import load_model
-
     output = Path(config.output)
     images = find_images(config.inputs, output)
     pictures = picture_paths(images.values(), output)
@@ -142,31 +68,40 @@ def run(config: PredictConfig) -> Path:
     image_ids = dict(zip(images, ids, strict=True))
     picture_of = dict(zip(images, pictures, strict=True))
 
-    device = torch.device(config.device) if config.device else default_device()
-    model, info = load_model(config.checkpoint, device)
-    categories: list[int | None] = list(info.category_ids)
+    predictor = Predictor(
+        config.checkpoint,
+        device=config.device,
+        # Pictures of small images are enlarged, for which soft masks have the smoother contours.
+        masks="soft" if config.overlay else "rle",
+        batch_size=config.batch_size,
+        max_detections=config.max_detections,
+        workers=config.workers,
+        on_error=config.on_error,
+    )
+    class_names, category_ids = predictor.class_names or [], predictor.category_ids or []
+    categories: list[int | None] = list(category_ids)
     if coco is not None:
-        categories = match_categories(info.class_names, info.category_ids, coco["categories"])
-    results: list[dict[str, Any]] = []
-    count = 0
+        categories = match_categories(class_names, category_ids, coco["categories"])
+    count = detections = 0
+    path = output / "results.json"
+    started = time.perf_counter()
     try:
-        with detection_limit(model, config.max_detections):
-            for path, image, prediction in predict_images(
-                model, list(images), device=device, batch_size=config.batch_size, on_error=config.on_error
-            ):
-                for record in detections_to_coco(prediction, image_ids[path], categories):
-                    results.append({**record, "file_name": images[path].as_posix()})
+        # Also when an image stops the run: what was found so far is not lost.
+        with json_list_writer(path, keep_on_error=True) as write:
+            for source, image, result, _ in predictor.stream(images, progress=True):
+                if image is None or result is None:
+                    continue
+                for record in detections_to_coco(result, image_ids[source], categories):
+                    write({**record, "file_name": images[source].as_posix()})
+                    detections += 1
                 if config.overlay:
-                    picture = draw(
-                        image, prediction, class_names=info.class_names, score_threshold=config.score_threshold
-                    )
-                    write_atomically(picture_of[path], picture.save)
+                    picture = draw(image, result, class_names=class_names, score_threshold=config.score_threshold)
+                    write_atomically(picture_of[source], picture.save)
                 count += 1
     finally:
-        # Also when an image stops the run: what was found so far is not lost.
-        write_json(output / "results.json", results)
-        print(f"{len(results)} detections in {count} of {len(images)} images: {output / 'results.json'}")
-    return output / "results.json"
+        speed = count / max(time.perf_counter() - started, 1e-9)
+        print(f"{detections} detections in {count} of {len(images)} images, {speed:.1f} images per second: {path}")
+    return path
 
 
 def find_images(inputs: Sequence[str], output: Path) -> dict[Path, Path]:

@@ -26,8 +26,9 @@ from tqdm import tqdm
 from fastmrcnn.checkpoints import ModelInfo, load_checkpoint, save_checkpoint
 from fastmrcnn.coco_eval import CocoMetrics
 from fastmrcnn.data import CocoDetection, DetectionDataset, HorizontalFlip, collate, left_right_pairs
-from fastmrcnn.evaluate import default_device, evaluate
+from fastmrcnn.evaluate import evaluate
 from fastmrcnn.files import write_json
+from fastmrcnn.inference import default_device
 from fastmrcnn.models.config import ModelConfig, build_model
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
 

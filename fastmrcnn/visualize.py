@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional
 
+from fastmrcnn.data.masks import check_segmentation, rasterise
+
 __all__ = ["comparison", "draw", "grid", "side_by_side"]
 
 _FILL = 0.42  # opacity of a mask: the object stays visible under it
@@ -37,7 +39,8 @@ def draw(
     Args:
         image: [3, H, W] or [1, H, W], float in 0..1 or uint8.
         result: boxes [D, 4] (x1, y1, x2, y2 in pixels) and labels int [D] from 1; optionally scores [D], masks
-            [D, 1, H, W] or [D, H, W] (soft, bool or uint8) and keypoints [D, K, 3] (x, y, visible).
+            [D, 1, H, W] or [D, H, W] (soft, bool or uint8), or D COCO segmentations (RLE or polygons), and keypoints
+            [D, K, 3] (x, y, visible).
         class_names: the name of label ``l`` is ``class_names[l - 1]``; by default the number is shown.
         score_threshold: instances scored below are left out; a target has no scores and is drawn whole.
         mask_threshold: a pixel belongs to a mask where the soft mask is above this.
@@ -49,14 +52,14 @@ def draw(
         An RGB picture.
 
     Raises:
-        ValueError: the image or the masks do not have one of the shapes above.
+        ValueError: the image or the masks do not have one of the shapes above, or a segmentation is malformed.
     """
     picture = _to_pil(image)
     height, width = image.shape[-2:]
     boxes, labels = result["boxes"].detach().float().cpu(), result["labels"].tolist()
     scores = result["scores"].tolist() if "scores" in result else None
     shown = [i for i in range(len(labels)) if scores is None or scores[i] >= score_threshold]
-    masks = _mask_planes(result.get("masks"), len(labels), height, width)
+    masks = _mask_planes(result.get("masks"), shown, len(labels), height, width)
 
     scale = float(upscale or max(1, math.ceil(_LEGIBLE / max(height, width))))
     if max_side is not None:
@@ -72,7 +75,7 @@ def draw(
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     order = sorted(range(len(shown)), key=lambda k: -float(area[shown[k]]))
     if masks is not None and shown:
-        picture = _paint_masks(picture, [(masks[shown[k]], colours[k]) for k in order], mask_threshold, line)
+        picture = _paint_masks(picture, [(masks[k], colours[k]) for k in order], mask_threshold, line)
     canvas = ImageDraw.Draw(picture)
     scaled = (boxes * scale).tolist()
     for k in order:
@@ -149,15 +152,24 @@ def _to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
-def _mask_planes(masks: Tensor | None, count: int, height: int, width: int) -> Tensor | None:
-    """Masks as [D, H, W], or None if there are none to draw."""
+def _mask_planes(masks: Any, shown: Sequence[int], count: int, height: int, width: int) -> list[Tensor] | None:
+    """The masks that are shown, each [H, W], or None if there are none to draw."""
     if masks is None:
         return None
+    if not isinstance(masks, Tensor):
+        if len(masks) != count:
+            raise ValueError(f"masks must be {count} RLEs or lists of polygons, got {len(masks)}")
+        # Of a mask that is empty there are no polygons.
+        wanted = [masks[i] or {"size": [height, width], "counts": [height * width]} for i in shown]
+        for i, segmentation in zip(shown, wanted, strict=True):
+            if problem := check_segmentation(segmentation, height, width):
+                raise ValueError(f"masks[{i}] {problem}")
+        return [torch.from_numpy(plane) for plane in rasterise(wanted, height, width)]
     planes = masks.detach()
     planes = planes[:, 0] if planes.ndim == 4 else planes
     if planes.shape != (count, height, width):
         raise ValueError(f"masks must be [{count}, 1, {height}, {width}], got {list(masks.shape)}")
-    return planes.float()
+    return [planes[i] for i in shown]
 
 
 def _palette(count: int) -> list[tuple[int, int, int]]:
@@ -191,7 +203,7 @@ def _paint_masks(
 
 def _stamp(owner: Tensor, mask: Tensor, number: int, threshold: float) -> None:
     """Write ``number`` into [H, W] where a mask, of this or a smaller size, is set; looks at the object only."""
-    factor = owner.shape[0] // mask.shape[0]
+    mask, factor = mask.float(), owner.shape[0] // mask.shape[0]
     if owner.shape != (factor * mask.shape[0], factor * mask.shape[1]):
         size = [owner.shape[0], owner.shape[1]]
         mask, factor = functional.interpolate(mask[None, None], size, mode="bilinear")[0, 0], 1

@@ -1,5 +1,7 @@
 import contextlib
 import copy
+import dataclasses
+import importlib.util
 import io
 import json
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from coco_problems import cocoeval, random_problem
 from pycocotools import mask as rle_codec
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -124,6 +127,7 @@ def test_numbers_worked_out_by_hand():
     assert numbers["AR100"] == pytest.approx((3 * 1 + 7 * 0.5) / 10)
     assert numbers["APm"] == numbers["ARl"] == -1
     assert metrics.per_class == {"thing": pytest.approx(metrics.ap)}
+    assert metrics.classes["thing"] == pytest.approx((metrics.ap, metrics.ap50, metrics.ap75, 2))
 
 
 def test_an_annotation_with_id_0_can_be_found():
@@ -137,10 +141,16 @@ def test_ap_per_class_and_without_categories():
     swapped = [found((0, 0, 20, 20), 0.9, 20), found((50, 50, 20, 20), 0.8, 20)]
     metrics = evaluate_coco(truth, swapped, "bbox")
     assert metrics.per_class == {"cat": 0, "dog": pytest.approx(0.5), "never": -1}
-    assert metrics.class_table().splitlines()[1].split() == ["dog", "AP", "=", "0.500"]
+    assert metrics.class_table().splitlines() == [
+        " class  objects     AP   AP50   AP75",
+        " cat          1  0.000  0.000  0.000",
+        " dog          1  0.500  0.500  0.500",
+        " never        0      -      -      -",
+    ]
     agnostic = evaluate_coco(truth, swapped, "bbox", use_categories=False)
     assert agnostic.ap == pytest.approx(1)
-    assert agnostic.per_class == {}
+    assert agnostic.per_class == agnostic.classes == {}
+    assert agnostic.class_table() == ""
 
 
 def test_categories_of_the_same_name_stay_apart():
@@ -278,6 +288,87 @@ def test_bad_files(tmp_path):
     del truth["annotations"][0]["bbox"]
     with pytest.raises(ValueError, match=r"ground_truth: annotations\[0\]: bbox missing"):
         evaluate_coco(truth, [], "bbox")
+
+
+@pytest.mark.parametrize(("iou_type", "objects"), [("bbox", 2), ("segm", 2), ("keypoints", 1)])
+def test_crowds_other_images_and_objects_without_keypoints_are_not_counted(iou_type, objects):
+    truth = truth_of([(0, 0, 0, 20, 20)] * 3, keypoints=[5, 5, 2] * 17)
+    truth["images"].append({"id": 8, "height": 100, "width": 100})
+    truth["annotations"].append({**truth["annotations"][0], "image_id": 8})
+    truth["annotations"][0]["iscrowd"] = 1
+    truth["annotations"][1]["keypoints"] = [0] * 51
+    assert evaluate_coco(truth, [], iou_type, image_ids=[7]).classes["thing"].objects == objects
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_precision_is_that_of_all_areas_and_the_largest_limit_and_no_part_of_comparisons(seed):
+    truth, results = random_problem(seed)
+    metrics = evaluate_coco(truth, results, "segm")
+    np.testing.assert_array_equal(metrics.precision, cocoeval(truth, results, "segm").eval["precision"][..., 0, 2])
+    assert metrics.precision[metrics.precision > -1].mean() == metrics.ap
+    assert dataclasses.replace(metrics, precision=None) == metrics
+    assert "precision" not in repr(metrics)
+
+
+BACKEND_CASES = [("bbox", True), ("bbox", False), ("segm", True), ("segm", False), ("keypoints", True)]
+
+
+@pytest.mark.parametrize(("iou_type", "use_categories"), BACKEND_CASES)
+@pytest.mark.parametrize("max_detections", [None, 2])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_faster_backend_gives_equal_numbers(seed, max_detections, iou_type, use_categories):
+    truth, results = random_problem(seed)
+    before = copy.deepcopy((truth, results))
+    options = {"max_detections": max_detections, "use_categories": use_categories}
+    options["image_ids"] = sorted(image["id"] for image in truth["images"])[seed % 3 :]
+    faster, exact = (
+        evaluate_coco(truth, results, iou_type, backend=backend, **options)
+        for backend in ("faster_coco_eval", "pycocotools")
+    )
+    assert (truth, results) == before
+    assert faster.table() == exact.table()
+    assert faster.class_table() == exact.class_table()
+    # The two divide counts; pycocotools adds 2.2e-16 to the divisor.
+    np.testing.assert_allclose(faster.precision, exact.precision, rtol=0, atol=3e-16)
+    assert faster.stats == pytest.approx(exact.stats, abs=1e-15)
+
+
+@needs_fixtures
+@pytest.mark.parametrize("case", CASES)
+def test_the_faster_backend_on_the_fixtures(case):
+    expected = json.loads((FIXTURES / "expected_stats.json").read_text())
+    agnostic = case.endswith("useCats=0")
+    metrics = evaluate_coco(
+        *files_of(case), case.split("/")[2], use_categories=not agnostic, backend="faster_coco_eval"
+    )
+    assert metrics.stats == pytest.approx(expected["stats"][case], abs=1e-12)
+
+
+@pytest.mark.parametrize("results", [[], [found((0, 0, 20, 20), 0.5)]])
+@pytest.mark.parametrize("boxes", [[], [(0, 0, 0, 20, 20)]])
+def test_the_faster_backend_with_little_to_do(boxes, results, capfd):
+    truth = truth_of(boxes)
+    faster = evaluate_coco(truth, results, "bbox", backend="faster_coco_eval")
+    assert faster.stats == pytest.approx(evaluate_coco(truth, results, "bbox").stats, abs=1e-15)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("wrong", ["text", 2**60, 1.5])
+def test_the_faster_backend_refuses_ids_that_it_cannot_tell_apart(wrong):
+    truth = truth_of([(0, 0, 0, 20, 20)])
+    truth["images"][0]["id"] = truth["annotations"][0]["image_id"] = wrong
+    results = [{**found((0, 0, 20, 20), 0.5), "image_id": wrong}]
+    assert evaluate_coco(truth, results, "bbox").ap == pytest.approx(1)
+    with pytest.raises(ValueError, match=f"image ids such as {wrong!r}"):
+        evaluate_coco(truth, results, "bbox", backend="faster_coco_eval")
+
+
+def test_a_missing_or_unknown_backend_is_named(monkeypatch):
+    with pytest.raises(ValueError, match="backend must be one of"):
+        evaluate_coco(truth_of([]), [], "bbox", backend="C++")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install \"fastmrcnn\[eval\]\""):
+        evaluate_coco(truth_of([]), [], "bbox", backend="faster_coco_eval")
 
 
 def test_metrics_by_name():

@@ -1,3 +1,4 @@
+import gc
 import json
 import types
 
@@ -7,9 +8,11 @@ from PIL import Image
 from torch import nn
 
 import fastmrcnn.checkpoints
+import fastmrcnn.evaluate
 from fastmrcnn.coco_eval import evaluate_coco
+from fastmrcnn.coco_records import detections_to_coco
 from fastmrcnn.data import Shapes
-from fastmrcnn.evaluate import EvaluateConfig, collect_results, evaluate, match_categories, run
+from fastmrcnn.evaluate import EvaluateConfig, evaluate, match_categories, run
 
 
 class Echo(nn.Module):
@@ -74,11 +77,12 @@ def test_a_perfect_model_scores_one(shapes):
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(2, 0), (3, 1)])
-def test_batches_and_workers_change_nothing(shapes, batch_size, workers):
-    model = Echo(shapes)
-    results = collect_results(model, shapes, batch_size=batch_size, workers=workers, progress=False)
+def test_batches_and_workers_change_nothing(shapes, tmp_path, batch_size, workers):
+    model, options = Echo(shapes), {"batch_size": batch_size, "workers": workers}
+    metrics = evaluate(model, shapes, progress=False, results_path=tmp_path / "a.json", **options)
     assert model.calls == {2: [2, 2, 1], 3: [3, 2]}[batch_size]
-    assert results == collect_results(Echo(shapes), shapes, progress=False)
+    assert metrics == evaluate(Echo(shapes), shapes, progress=False, results_path=tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
 def test_each_module_is_back_in_its_mode_even_after_an_error(shapes):
@@ -94,6 +98,19 @@ def test_each_module_is_back_in_its_mode_even_after_an_error(shapes):
     assert not model.frozen.training
 
 
+def test_an_error_between_two_batches_leaves_the_model_as_it_was(shapes, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("full")
+
+    monkeypatch.setattr(fastmrcnn.evaluate, "detections_to_coco", fail)
+    model = Echo(shapes, limit=1).train()
+    with pytest.raises(RuntimeError, match="full") as kept:
+        evaluate(model, shapes, progress=False)
+    assert kept.tb is not None  # it holds the frames, and they the iterator over the model's outputs
+    assert model.training
+    assert model.roi_heads.detections_per_img == 1
+
+
 def test_the_models_limit_is_raised_for_the_duration_only(shapes):
     model = Echo(shapes, limit=1)
     assert evaluate(model, shapes, progress=False)["bbox"].ap == pytest.approx(1)
@@ -101,15 +118,15 @@ def test_the_models_limit_is_raised_for_the_duration_only(shapes):
     assert evaluate(model, shapes, max_detections=1, progress=False)["bbox"].ap < 1
 
 
-def test_a_repeated_image_counts_once_and_a_missing_one_is_reported(shapes):
-    repeating = Repeating(shapes)
-    for batch_size in (1, 4):
-        results = collect_results(Echo(shapes), repeating, batch_size=batch_size, progress=False)
-        counts = [sum(r["image_id"] == i for r in results) for i in (shapes.image_ids[0], shapes.image_ids[1])]
-        assert counts == [len(shapes[0][1]["labels"]), 0]
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_repeated_image_counts_once_and_a_missing_one_is_reported(shapes, tmp_path, batch_size):
+    path = tmp_path / "results.json"
     with pytest.warns(UserWarning, match="1 images of the annotations"):
-        metrics = evaluate(Echo(shapes), repeating, progress=False)
+        metrics = evaluate(Echo(shapes), Repeating(shapes), batch_size=batch_size, results_path=path, progress=False)
     assert metrics["bbox"].ap == pytest.approx(1)
+    results = json.loads(path.read_text())
+    counts = [sum(r["image_id"] == i for r in results) for i in (shapes.image_ids[0], shapes.image_ids[1])]
+    assert counts == [len(shapes[0][1]["labels"]), 0]
 
 
 def test_a_box_detector_is_measured_on_boxes(shapes):
@@ -135,6 +152,51 @@ def test_results_file_gives_the_same_numbers(shapes, tmp_path):
     assert evaluate_coco(shapes.coco, path, "segm") == metrics["segm"]
     with pytest.raises(IsADirectoryError):
         evaluate(Echo(shapes), shapes, results_path=tmp_path, progress=False)
+
+
+def test_after_an_error_there_is_no_results_file(shapes, tmp_path):
+    model = Echo(shapes)
+    del model.known[shapes[3][0].numpy().tobytes()]
+    with pytest.raises(KeyError):
+        evaluate(model, shapes, results_path=tmp_path / "results.json", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_the_faster_backend_gives_equal_numbers(shapes, tmp_path, written):
+    model = Echo(shapes, limit=2)
+    path = tmp_path / "results.json" if written else None
+    options = {"max_detections": 2, "progress": False}
+    faster = evaluate(model, Repeating(shapes), backend="faster_coco_eval", results_path=path, **options)
+    exact = evaluate(model, Repeating(shapes), **options)
+    assert list(faster) == list(exact) == ["bbox", "segm"]
+    for iou_type, numbers in faster.items():
+        assert 0 < numbers.ap < 1
+        assert numbers.stats == pytest.approx(exact[iou_type].stats, abs=1e-15)
+        assert numbers.table() == exact[iou_type].table()
+    assert len(list(tmp_path.iterdir())) == written
+    with pytest.raises(ValueError, match="backend must be one of"):
+        evaluate(model, shapes, backend="C++", **options)
+
+
+def test_records_of_an_image_are_dropped_once_it_is_measured(shapes, monkeypatch):
+    alive = []
+
+    def count_then_convert(*args):
+        gc.collect()
+        alive.append(sum(isinstance(o, dict) and "score" in o and "segmentation" in o for o in gc.get_objects()))
+        return detections_to_coco(*args)
+
+    monkeypatch.setattr(fastmrcnn.evaluate, "detections_to_coco", count_then_convert)
+    evaluate(Echo(shapes), shapes, progress=False)
+    most = max(len(shapes[i][1]["labels"]) for i in range(len(shapes)))
+    assert len(alive) == len(shapes)
+    assert max(alive) - alive[0] <= most
+
+
+def test_no_images_at_all():
+    metrics = evaluate(Echo([]), Shapes(length=0), progress=False)
+    assert all(numbers.ap == -1 for numbers in metrics.values())
 
 
 def test_match_categories():
@@ -184,8 +246,13 @@ def test_run_a_checkpoint_then_its_results(files, capsys):
     printed = capsys.readouterr().out
     assert metrics["bbox"].table() in printed
     assert metrics["segm"].class_table() in printed
-    again = run(EvaluateConfig(annotations=files / "annotations.json", results=files / "results.json"))
-    assert again == metrics
+    again = EvaluateConfig(annotations=files / "annotations.json", results=files / "results.json")
+    assert run(again) == metrics
+    capsys.readouterr()
+    again.backend, again.plot = "faster_coco_eval", files / "curves.svg"
+    assert run(again)["segm"].table() == metrics["segm"].table()
+    assert f"precision-recall curves: {again.plot}" in capsys.readouterr().out
+    assert "Masks (segm)" in again.plot.read_text()
     config.max_detections = 1
     config.iou_types = ["bbox"]
     assert list(run(config)) == ["bbox"]
@@ -207,3 +274,7 @@ def test_run_refuses_what_it_cannot_do(files):
         run(EvaluateConfig(annotations=annotations, results=files / "bad.json"))
     with pytest.raises(ValueError, match=r"bad\.json: COCO annotations"):
         run(EvaluateConfig(annotations=files / "bad.json", results=annotations))
+    with pytest.raises(ValueError, match=r"\.png or an \.svg"):
+        run(EvaluateConfig(annotations=annotations, results=files / "none.json", plot=files / "curves.pdf"))
+    with pytest.raises(ValueError, match="backend must be one of"):
+        run(EvaluateConfig(annotations=annotations, results=files / "none.json", backend="C++"))

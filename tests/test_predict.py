@@ -1,6 +1,6 @@
 import json
+import re
 import types
-import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from torch import nn
 import fastmrcnn.checkpoints
 from fastmrcnn.coco_eval import evaluate_coco
 from fastmrcnn.data import DataError
-from fastmrcnn.predict import PredictConfig, find_images, picture_paths, predict_images, run
+from fastmrcnn.predict import PredictConfig, find_images, picture_paths, run
 
 
 class Fake(nn.Module):
@@ -88,7 +88,9 @@ def test_pictures_and_results(tmp_path, folder, model, capsys):
     ]
     assert records[0]["bbox"] == [5, 5, 15, 10]
     assert model.calls == [2, 1]
-    assert str(path) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert str(path) in printed
+    assert re.search(r"6 detections in 3 of 3 images, [\d.]+ images per second", printed)
     with Image.open(tmp_path / "out" / "a.png") as picture:
         assert max(picture.size) >= 512
         assert picture.getpixel((150, 150)) != (0, 0, 0)
@@ -100,6 +102,20 @@ def test_without_overlay_and_with_a_limit(tmp_path, folder, model):
     assert [r["score"] for r in records] == pytest.approx([0.9] * 3)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["results.json"]
     assert model.roi_heads.detections_per_img == 2
+
+
+def test_with_and_without_overlay_the_records_are_the_same(tmp_path, folder, model):
+    annotations = {"images": [], "categories": [{"id": 30, "name": "red"}], "annotations": []}
+    annotations["images"] = [{"id": i, "file_name": name} for i, name in enumerate(["sub/a.jpg", "b.png", "a.png"])]
+    (tmp_path / "annotations.json").write_text(json.dumps(annotations))
+    for options in ({}, {"annotations": tmp_path / "annotations.json"}):
+        drawn, plain = (
+            read(run(config_for(tmp_path, folder, overlay=overlay, output=tmp_path / str(overlay), **options)))
+            for overlay in (True, False)
+        )
+        assert drawn == plain
+        assert len(drawn) == (1 if options else 6)
+        assert drawn[0]["segmentation"]["size"] == [30, 40]
 
 
 def test_results_can_be_evaluated_with_ids_from_annotations(tmp_path, folder, model):
@@ -164,26 +180,3 @@ def test_images_are_found_once_and_earlier_pictures_are_no_input(tmp_path, folde
         find_images([str(tmp_path / "nowhere")], tmp_path / "out")
     with pytest.raises(ValueError, match="no images"):
         find_images([], tmp_path / "out")
-
-
-def test_predict_images_yields_in_order_and_restores_the_mode(folder):
-    model = Fake().train()
-    paths = [folder / "b.png", folder / "a.png"]
-    seen = []
-    for path, image, output in predict_images(model, paths, progress=False):
-        assert not torch.is_inference_mode_enabled()
-        seen.append((path, tuple(image.shape), int(output["labels"][0])))
-    assert seen == [(paths[0], (3, 30, 40), 2), (paths[1], (3, 30, 40), 1)]
-    assert model.training
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert list(predict_images(model, [], progress=False)) == []
-
-
-def test_predict_images_refuses_bad_arguments(folder):
-    with pytest.raises(ValueError, match="on_error"):
-        list(predict_images(Fake(), [], on_error="ignore"))
-    with pytest.raises(ValueError, match="batch_size"):
-        list(predict_images(Fake(), [], batch_size=0))
-    with pytest.raises(FileNotFoundError, match="none"):
-        list(predict_images(Fake(), [folder / "none.png"], progress=False))

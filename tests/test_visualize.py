@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 
 from fastmrcnn.data import Shapes
+from fastmrcnn.ops import encode_bool
+from fastmrcnn.polygons import rle_to_polygons
 from fastmrcnn.visualize import _palette, comparison, draw, grid, side_by_side
 
 
@@ -63,6 +65,22 @@ def test_hard_and_half_precision_masks_are_drawn_like_soft_ones(dtype):
     result["masks"] = (result["masks"] > 0).float()
     other = {**result, "masks": result["masks"][:, 0].to(dtype)}
     assert draw(image, result).tobytes() == draw(image, other).tobytes()
+
+
+def test_coco_segmentations_are_drawn_like_the_masks_they_are_of():
+    image, result = square(20, 30, 60, 80, size=(96, 80))
+    result = {name: torch.cat([value, value]) for name, value in result.items()}
+    result["masks"][0] = 0
+    result["masks"] = (result["masks"] > 0).float()
+    expected = draw(image, result).tobytes()
+    rles = encode_bool(result["masks"][:, 0]).rles
+    for segmentations in (rles, rle_to_polygons(rles)):
+        assert draw(image, {**result, "masks": segmentations}).tobytes() == expected
+    assert draw(image, {**result, "masks": rles[::-1]}).tobytes() != expected
+    with pytest.raises(ValueError, match="masks must be 2 RLEs"):
+        draw(image, {**result, "masks": rles[:1]})
+    with pytest.raises(ValueError, match=r"masks\[1\] RLE size"):
+        draw(image, {**result, "masks": [rles[0], {"size": [5, 5], "counts": [25]}]})
 
 
 def test_a_mask_cut_by_the_border_fills_it():

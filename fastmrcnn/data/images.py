@@ -58,7 +58,7 @@ def load_image(source: ImageSource, *, size: tuple[int, int] | None = None) -> T
             tag = _orientation(image)
             image.load()
             upright = _orient(image, tag, size, name)
-            pixels = _to_array(upright, name)
+            pixels = to_array(upright, name)
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -134,8 +134,8 @@ def _orient(image: Image.Image, tag: int, size: tuple[int, int] | None, name: st
     )
 
 
-def _to_array(image: Image.Image, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Float32 [3,H,W] in 0..1, C-contiguous."""
+def to_array(image: Image.Image, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Float32 [3,H,W] in 0..1, C-contiguous, of a Pillow image as it is stored; `name` is for messages."""
     if image.mode.startswith("I") or image.mode == "F":
         gray = np.asarray(image)
         top = 1.0 if image.mode == "F" else 65535.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes, resize_keypoints
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from fastmrcnn import ops
 from fastmrcnn.batches import DetectionBatch, ImageBatch, TargetBatch
@@ -26,11 +28,31 @@ class Preprocess(GeneralizedRCNNTransform):
         """
         image_list, resized = self(images, targets)
         tensors = image_list.tensors.contiguous(memory_format=torch.channels_last)
-        sizes = torch.tensor(image_list.image_sizes, device=tensors.device)
-        batch = ImageBatch(tensors, sizes)
+        batch = ImageBatch(tensors, send(image_list.image_sizes, torch.int64, tensors.device))
         if resized is None:
             return batch, None, image_list.image_sizes
         return batch, pad_targets(resized, batch), image_list.image_sizes
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """torchvision's, but for its copies of mean and deviation to the device, which wait for all queued work."""
+        if not image.is_floating_point():
+            return super().normalize(image)  # raises
+        mean, std = (send(values, image.dtype, image.device) for values in (self.image_mean, self.image_std))
+        return (image - mean[:, None, None]) / std[:, None, None]
+
+    def in_original_pixels(
+        self, detections: DetectionBatch, sizes: Sequence[tuple[int, int]], original_sizes: Sequence[tuple[int, int]]
+    ) -> DetectionBatch:
+        """Boxes and keypoints of resized images of `sizes`, scaled to those of `original_sizes`.
+
+        To the bit as torchvision's `resize_boxes` and `resize_keypoints`, for the whole batch.  Never waits.
+        """
+        new, old = (torch.tensor(x, dtype=torch.float32, device="cpu") for x in (original_sizes, sizes))
+        boxes, keypoints = detections.boxes, detections.keypoints
+        xy = (new / old).flip(1)[:, None].to(boxes.device, boxes.dtype, non_blocking=True)
+        if keypoints is not None:
+            keypoints = torch.cat((keypoints[..., :2] * xy[:, :, None], keypoints[..., 2:]), dim=-1)
+        return replace(detections, boxes=boxes * xy.repeat(1, 1, 2), keypoints=keypoints)
 
     def results(
         self,
@@ -39,20 +61,25 @@ class Preprocess(GeneralizedRCNNTransform):
         original_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
         """Detections of each image in its original pixels, masks pasted: the one place that waits for the device."""
+        detections = self.in_original_pixels(detections, sizes, original_sizes)
         results = []
         for i, count in enumerate(detections.count.tolist()):
-            boxes = resize_boxes(detections.boxes[i, :count], sizes[i], original_sizes[i])
-            labels, scores = detections.labels[i, :count], detections.scores[i, :count]
+            boxes, labels, scores = (x[i, :count] for x in (detections.boxes, detections.labels, detections.scores))
             result = {"boxes": boxes, "labels": labels, "scores": scores}
             if detections.masks is not None:
                 masks = detections.masks[i, :count, None]
                 result["masks"] = ops.paste_masks_in_image(masks, boxes, original_sizes[i])
             if detections.keypoints is not None:
                 keypoints, keypoint_scores = detections.keypoints[i, :count].split((3, 1), dim=-1)
-                result["keypoints"] = resize_keypoints(keypoints, sizes[i], original_sizes[i])
+                result["keypoints"] = keypoints
                 result["keypoints_scores"] = keypoint_scores.squeeze(-1)
             results.append(result)
         return results
+
+
+def send(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A few numbers as a tensor on `device`, without waiting for what is queued there, as `torch.tensor` does."""
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
 def pad_targets(targets: list[dict[str, Any]], images: ImageBatch) -> TargetBatch:
