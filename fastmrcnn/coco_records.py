@@ -19,6 +19,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 from fastmrcnn import ops
+from fastmrcnn.data.masks import check_segmentation, to_rle, total_pixels
 
 __all__ = [
     "RESULT_KEYS",
@@ -65,6 +66,7 @@ def load_ground_truth(source: dict[str, Any] | str | os.PathLike[str], iou_type:
         for i, record in enumerate(data[part]):
             _require(record, keys, f"{name}: {part}[{i}]")
     images = {image["id"]: image for image in data["images"]}
+    totals = _totals(data["annotations"]) if iou_type == "segm" else {}
     annotations = []
     for i, record in enumerate(data["annotations"]):
         where = f"{name}: annotations[{i}]"
@@ -74,7 +76,7 @@ def load_ground_truth(source: dict[str, Any] | str | os.PathLike[str], iou_type:
         _check_bbox(record["bbox"], where)
         annotation = {"iscrowd": 0, **record, "id": i + 1}
         if iou_type == "segm":
-            annotation["segmentation"] = _to_rle(record["segmentation"], images[record["image_id"]], where)
+            annotation["segmentation"] = _to_rle(record["segmentation"], images[record["image_id"]], totals, where)
             annotation.setdefault("area", float(rle_codec.area(annotation["segmentation"])))
         annotation.setdefault("area", record["bbox"][2] * record["bbox"][3])
         if iou_type == "keypoints":
@@ -112,6 +114,7 @@ def check_results(
     Raises:
         ValueError: a record is malformed or names an image or category that the ground truth does not have.
     """
+    totals = _totals(records) if iou_type == "segm" else {}
     annotations = []
     for i, record in enumerate(records):
         where = f"{name}[{i}]"
@@ -122,20 +125,25 @@ def check_results(
             raise ValueError(f"{where}: category_id {record['category_id']!r} is not in the ground truth")
         if not isinstance(record["score"], int | float) or not math.isfinite(record["score"]):
             raise ValueError(f"{where}: score must be a finite number, got {record['score']!r}")
-        region = _region(record, iou_type, truth.imgs[record["image_id"]], num_keypoints, where)
+        region = _region(record, iou_type, truth.imgs[record["image_id"]], num_keypoints, totals, where)
         annotations.append({**record, "id": i + 1, "iscrowd": 0, **region})
     return annotations
 
 
 def _region(
-    record: dict[str, Any], iou_type: IouType, image: dict[str, Any], num_keypoints: int, where: str
+    record: dict[str, Any],
+    iou_type: IouType,
+    image: dict[str, Any],
+    num_keypoints: int,
+    totals: dict[str | bytes, int],
+    where: str,
 ) -> dict[str, Any]:
     """The checked region of one result and its area in pixels."""
     box: Any = record.get("bbox")
     if box is not None:
         _check_bbox(box, where)
     if iou_type == "segm":
-        rle = _to_rle(record["segmentation"], image, where)
+        rle = _to_rle(record["segmentation"], image, totals, where)
         polygons = isinstance(record["segmentation"], list)
         return {"segmentation": rle, "area": box[2] * box[3] if polygons and box else float(rle_codec.area(rle))}
     if iou_type == "keypoints":
@@ -147,23 +155,28 @@ def _region(
     return {"area": box[2] * box[3]}
 
 
-def _to_rle(segmentation: Any, image: dict[str, Any], where: str) -> dict[str, Any]:
-    """Polygons, uncompressed or compressed RLE as compressed RLE, checked to be of the image's size."""
-    if "height" not in image or "width" not in image:
-        raise ValueError(f"{where}: its image {image['id']!r} has no height and width, which masks need")
-    size = [image["height"], image["width"]]
-    try:
-        if isinstance(segmentation, list):
-            return cast(dict[str, Any], rle_codec.merge(rle_codec.frPyObjects(segmentation, *size)))
-        rle = segmentation
-        if isinstance(rle["counts"], list):
-            rle = rle_codec.frPyObjects(rle, *rle["size"])
-    except Exception as error:  # pycocotools raises bare Exception, KeyError, TypeError and more
-        raise ValueError(f"{where}: segmentation is neither polygons nor RLE ({error})") from None
-    # pycocotools matches masks of another size with nothing, silently.
-    if list(rle["size"]) != size:
-        raise ValueError(f"{where}: the mask is {list(rle['size'])} (height, width), its image is {size}")
-    return cast(dict[str, Any], rle)
+def _totals(records: Sequence[Any]) -> dict[str | bytes, int]:
+    """Pixels that the compressed counts of records cover, all decoded at once: one by one would take far longer."""
+    segmentations = [record.get("segmentation") for record in records if isinstance(record, dict)]
+    texts = {x["counts"] for x in segmentations if isinstance(x, dict) and isinstance(x.get("counts"), str | bytes)}
+    return dict(zip(texts, total_pixels(list(texts)), strict=True))
+
+
+def _to_rle(segmentation: Any, image: dict[str, Any], totals: dict[str | bytes, int], where: str) -> dict[str, Any]:
+    """Polygons, uncompressed or compressed RLE as compressed RLE, checked to be of the image's size.
+
+    pycocotools would match masks of another size with nothing, silently, and trusts the rest of what it is given.
+    """
+    size = image.get("height"), image.get("width")
+    if not all(type(side) is int and side > 0 for side in size):
+        raise ValueError(f"{where}: its image {image['id']!r} needs a height and a width, which masks have; got {size}")
+    height, width = cast(tuple[int, int], size)
+    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
+    total = totals.get(counts) if isinstance(counts, str | bytes) else None
+    problem = check_segmentation(segmentation, height, width, total)
+    if problem is not None:
+        raise ValueError(f"{where}: {problem}")
+    return to_rle(segmentation, height, width)
 
 
 def count_keypoints(truth: COCO) -> int:

@@ -259,9 +259,13 @@ def test_a_bad_record_is_named_with_its_file(tmp_path, record, message):
 @pytest.mark.parametrize(
     ("segmentation", "message"),
     [
-        ("text", "neither polygons nor RLE"),
-        ([], "neither polygons nor RLE"),
-        ({"size": [100, 100]}, "neither polygons nor RLE"),
+        ("text", "neither a list of polygons nor an RLE dict"),
+        ([], "has no segmentation"),
+        ({"size": [100, 100]}, "RLE counts must be"),
+        ({"size": [100, 100], "counts": [9999, -1, 2]}, "non-negative integers"),
+        ({"size": [100, 100], "counts": "0000~"}, "do not decode"),
+        ({"size": [100, 100], "counts": [4]}, "cover 4 pixels"),
+        ([[1, 2, 1e30, 4, 5, 6]], "farther than one image size"),
         ({"size": [50, 100], "counts": [5000]}, r"\[50, 100\].*\[100, 100\]"),
     ],
 )

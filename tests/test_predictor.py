@@ -449,8 +449,9 @@ def test_a_launch_does_not_wait(builder: str, masks: Any, monkeypatch: pytest.Mo
 
     def begin_encoding(masks: Tensor, boxes: Tensor, sizes: Any, **options: Any) -> Any:
         encoded.append((masks.device.type, boxes.shape, sizes, options["count"].device.type))
-        return list
+        return begin(masks, boxes, sizes, **options)
 
+    begin = ops.begin_encoding
     monkeypatch.setattr(ops, "begin_encoding", begin_encoding)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         model = getattr(fastmrcnn, builder)(weights=None, weights_backbone=None, rpn_post_nms_top_n_test=20).eval()

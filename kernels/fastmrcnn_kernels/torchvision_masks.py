@@ -58,7 +58,8 @@ def windows(boxes: Tensor, sizes: Tensor, mask_size: int, pasting: Pasting) -> T
     boxes = torch.where(usable, boxes, 0)
     if pasting.detectron2:
         low, high = torch.minimum(boxes[..., :2], boxes[..., 2:]), torch.maximum(boxes[..., :2], boxes[..., 2:])
-        reach = (high - low) * (0.5 / mask_size) + 1  # half a cell, and a pixel for what rounding may lose
+        rounding = 1 + (low.abs() + high.abs()) * 2.0**-20  # what it may lose, and a pixel
+        reach = (high - low) * (0.5 / mask_size) + rounding  # half a cell
         first, end = (low - reach).floor().to(torch.int64), (high + reach).ceil().to(torch.int64)
     else:
         first, last = reference.expanded(boxes, mask_size, pasting.padding).split(2, dim=-1)
@@ -68,9 +69,7 @@ def windows(boxes: Tensor, sizes: Tensor, mask_size: int, pasting: Pasting) -> T
     return torch.cat((first, end), dim=-1)
 
 
-def enlarged(
-    mask: Tensor, box: Tensor, corners: list[int], window: tuple[int, int, int, int], pasting: Pasting
-) -> Tensor:
+def enlarged(mask: Tensor, box: Tensor, corners: list[int], window: Window, pasting: Pasting) -> Tensor:
     """A `window` of a mask [M, M] that torchvision enlarges to a box of integer `corners`, ends inclusive."""
     left, top, right, bottom = window
     width, height = corners[2] - corners[0] + 1, corners[3] - corners[1] + 1

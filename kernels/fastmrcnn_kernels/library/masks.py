@@ -92,7 +92,7 @@ def encode_masks(
 ) -> Callable[[], list[Encoded]]:
     """See `fastmrcnn.ops.begin_encoding`."""
     height, width = (max((size[axis] for size in sizes), default=1) for axis in (0, 1))
-    on_device = torch.tensor(sizes, dtype=torch.int64).view(-1, 2).to(masks.device, non_blocking=True)
+    on_device = torch.tensor(sizes, dtype=torch.int64, device="cpu").view(-1, 2).to(masks.device, non_blocking=True)
     slots = boxes.shape[1]
 
     def launch(capacity: int) -> Tensor:

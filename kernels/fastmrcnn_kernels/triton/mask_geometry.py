@@ -40,7 +40,8 @@ def window(low, high, size, expansion, M: tl.constexpr, DETECTRON2: tl.constexpr
     `expansion` is what a box grows by with the border around its mask.  Empty where `size` is 0.
     """
     if DETECTRON2:
-        reach = tl.abs(high - low) * (0.5 / M) + 1.0
+        rounding = 1.0 + (tl.abs(low) + tl.abs(high)) * 9.5367431640625e-7  # what it may lose, 2^-20, and a pixel
+        reach = tl.abs(high - low) * (0.5 / M) + rounding  # half a cell
         first = tl.floor(tl.minimum(low, high) - reach)
         end = tl.ceil(tl.maximum(low, high) + reach)
     else:
