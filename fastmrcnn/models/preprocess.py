@@ -51,7 +51,8 @@ class Preprocess(GeneralizedRCNNTransform):
         boxes, keypoints = detections.boxes, detections.keypoints
         xy = (new / old).flip(1)[:, None].to(boxes.device, boxes.dtype, non_blocking=True)
         if keypoints is not None:
-            keypoints = torch.cat((keypoints[..., :2] * xy[:, :, None], keypoints[..., 2:]), dim=-1)
+            moved = keypoints[..., :2] * xy[:, :, None].to(keypoints.dtype)  # float32 also where boxes are float64
+            keypoints = torch.cat((moved, keypoints[..., 2:]), dim=-1)
         return replace(detections, boxes=boxes * xy.repeat(1, 1, 2), keypoints=keypoints)
 
     def results(
