@@ -169,12 +169,13 @@ def test_boxes_beside_the_image_and_not_finite_paste_nothing(impl: ops.Impl, sem
             [5, 5, 5, 5.0],
             [1e9, 1e9, 2e9, 2e9],
             [-1e38, -1e38, 1e38, 1e38],
+            [-2e8, -2e8, 2e8, 2e8],
         ]
     )
     if semantics == "torchvision":
         found[5] = torch.tensor([30.0, 2, 3, 9])  # inverted
-    pasted = paste(torch.ones(8, 14, 14), found, (20, 30), impl=impl, semantics=semantics)
-    assert pasted.shape == (8, 20, 30)
+    pasted = paste(torch.ones(9, 14, 14), found, (20, 30), impl=impl, semantics=semantics)
+    assert pasted.shape == (9, 20, 30)
     assert (pasted == 0).all()
 
 
@@ -217,7 +218,7 @@ def test_bool_and_bits_are_soft_above_the_threshold(impl: ops.Impl) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e9])
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e9, 7.0])
 @pytest.mark.parametrize("out", ["soft", "bool", "bits"])
 def test_a_batch_of_images_of_different_sizes(impl: ops.Impl, garbage: float, out: Out) -> None:
     """One canvas for all; whatever is in slots without a mask leaves no trace."""

@@ -149,7 +149,7 @@ def test_encode_masks_equals_pycocotools_of_the_pasted_mask(
     check(encode(masks, found, size, **options), pasted.cpu())
 
 
-@pytest.mark.parametrize("garbage", [torch.nan, 1e9])
+@pytest.mark.parametrize("garbage", [torch.nan, 7.0])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_batch_of_images_of_different_sizes(impl: ops.Impl, garbage: float) -> None:
     sizes, count = [(20, 30), (13, 40), (20, 40)], torch.tensor([2, 3, 0])
