@@ -56,7 +56,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        # What PyTorch says of objects that it does not load is how to load them all the same.
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds objects, or is no archive" if unsafe else next(iter(str(error).splitlines()), type(error))
         raise ValueError(f"checkpoint: {path} is damaged, or no file of tensors ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"checkpoint: {path} was not written by fastmrcnn (no format {FORMAT!r} in it)")

@@ -126,7 +126,7 @@ def _begin(launch: Callable[[int], Tensor], number: int, width: int) -> Callable
 
     def finish() -> tuple[Tensor, str]:
         nonlocal capacity, copied
-        while True:
+        for _ in range(3):
             buffer = copied()
             header = buffer[: 4 * HEADER * (number + 1)].view(torch.int32).view(-1, HEADER)
             changes, characters = header[0, :2].tolist()
@@ -136,6 +136,7 @@ def _begin(launch: Callable[[int], Tensor], number: int, width: int) -> Callable
             # There are two characters to a change, more or less; only once all changes fit are those counted.
             capacity = characters if changes <= capacity else 2 * changes + ROOM
             copied = begin_copy(launch(capacity))
+        raise AssertionError(f"{characters} characters do not fit the room that was made for them, {capacity}")
 
     return finish
 
