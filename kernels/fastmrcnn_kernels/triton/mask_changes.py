@@ -15,22 +15,12 @@ FIELDS = tl.constexpr(HEADER)
 
 
 @triton.jit
-def _inside(
-    masks_ptr,
-    mask,
-    y,
-    x,
-    box,
-    height,
-    width,
-    expansion,
-    threshold,
-    M: tl.constexpr,
-    PADDING: tl.constexpr,
-    DETECTRON2: tl.constexpr,
-):
-    """Whether pixels [Y, X] in rows `y` and columns `x` are inside a mask; M is 0 for masks that are images already."""
-    x1, y1, x2, y2 = box
+def _inside(masks_ptr, view, y, x, M: tl.constexpr, PADDING: tl.constexpr, DETECTRON2: tl.constexpr):
+    """Whether pixels [Y, X] in rows `y` and columns `x` are inside a mask; M is 0 for masks that are images already.
+
+    A `view` is the number of a mask, its box, the size of its image, and what else `region` knows of it.
+    """
+    mask, x1, y1, x2, y2, height, width, expansion, threshold = view
     present = ((y >= 0) & (y < height))[:, None] & ((x >= 0) & (x < width))[None, :]
     if M == 0:
         place = (mask * height + y[:, None]) * width + x[None, :]
@@ -51,73 +41,46 @@ def region(
     height,
     width,
     expansion,
+    threshold,
     M: tl.constexpr,
     DETECTRON2: tl.constexpr,
 ):
-    """Box of a mask, size of its image, and rows and columns, first and after the last, where pixels may change.
+    """A view of a mask, the height of its image; rows and columns, first and after the last, where pixels may change.
 
     That is in its window, and one further: below, or at the top of the next column.
     """
     if M == 0:
-        zero = (mask * 0).to(tl.float32)
-        box = (zero, zero, zero, zero)
-        image_height = height
-        image_width = width
-        top = image_height * 0
-        bottom = image_height
-        left = image_width * 0
-        right = image_width
+        x1 = (mask * 0).to(tl.float32)
+        y1 = x1
+        x2 = x1
+        y2 = x1
+        top = height * 0
+        bottom = height
+        left = width * 0
+        right = width
     else:
-        x1, y1, x2, y2, image_height, image_width = load_mask(
-            boxes_ptr, sizes_ptr, counts_ptr, mask, slots, height, width
-        )
-        box = (x1, y1, x2, y2)
-        top, bottom = window(y1, y2, image_height, expansion, M, DETECTRON2)
-        left, right = window(x1, x2, image_width, expansion, M, DETECTRON2)
-    right = tl.where(bottom > top, tl.minimum(right + 1, image_width), left)
-    return box, image_height, image_width, tl.maximum(top, 1), tl.minimum(bottom + 1, image_height), left, right
+        x1, y1, x2, y2, height, width = load_mask(boxes_ptr, sizes_ptr, counts_ptr, mask, slots, height, width)
+        top, bottom = window(y1, y2, height, expansion, M, DETECTRON2)
+        left, right = window(x1, x2, width, expansion, M, DETECTRON2)
+    right = tl.where(bottom > top, tl.minimum(right + 1, width), left)
+    view = (mask, x1, y1, x2, y2, height, width, expansion, threshold)
+    return view, height, tl.maximum(top, 1), tl.minimum(bottom + 1, height), left, right
 
 
 @triton.jit
-def _changes(
-    masks_ptr,
-    mask,
-    y,
-    x,
-    box,
-    height,
-    width,
-    expansion,
-    threshold,
-    M: tl.constexpr,
-    PADDING: tl.constexpr,
-    DETECTRON2: tl.constexpr,
-):
+def _changes(masks_ptr, view, y, x, M: tl.constexpr, PADDING: tl.constexpr, DETECTRON2: tl.constexpr):
     """Whether pixels [Y, X] differ from those above them."""
-    here = _inside(masks_ptr, mask, y, x, box, height, width, expansion, threshold, M, PADDING, DETECTRON2)
-    above = _inside(masks_ptr, mask, y - 1, x, box, height, width, expansion, threshold, M, PADDING, DETECTRON2)
-    return here != above
+    here = _inside(masks_ptr, view, y, x, M, PADDING, DETECTRON2)
+    return here != _inside(masks_ptr, view, y - 1, x, M, PADDING, DETECTRON2)
 
 
 @triton.jit
-def _changes_at_top(
-    masks_ptr,
-    mask,
-    x,
-    box,
-    height,
-    width,
-    expansion,
-    threshold,
-    M: tl.constexpr,
-    PADDING: tl.constexpr,
-    DETECTRON2: tl.constexpr,
-):
+def _changes_at_top(masks_ptr, view, x, M: tl.constexpr, PADDING: tl.constexpr, DETECTRON2: tl.constexpr):
     """Whether the first pixels of columns `x` differ from the last ones of the columns before: 0 or 1, [X]."""
+    _mask, _x1, _y1, _x2, _y2, height, width, _expansion, _threshold = view
     first = tl.zeros([1], tl.int32)
-    last = first + height - 1
-    here = _inside(masks_ptr, mask, first, x, box, height, width, expansion, threshold, M, PADDING, DETECTRON2)
-    before = _inside(masks_ptr, mask, last, x - 1, box, height, width, expansion, threshold, M, PADDING, DETECTRON2)
+    here = _inside(masks_ptr, view, first, x, M, PADDING, DETECTRON2)
+    before = _inside(masks_ptr, view, first + height - 1, x - 1, M, PADDING, DETECTRON2)
     return tl.max(tl.where((here != before) & (x < width)[None, :], 1, 0), axis=0)
 
 
@@ -144,19 +107,15 @@ def rle_count_kernel(
     The programs of a mask take blocks of its columns in turn, those alone where pixels may change.
     """
     mask = tl.program_id(0).to(tl.int64)
-    box, image_height, image_width, top, bottom, left, right = region(
-        boxes_ptr, sizes_ptr, counts_ptr, mask, slots, height, width, expansion, M, DETECTRON2
+    view, _height, top, bottom, left, right = region(
+        boxes_ptr, sizes_ptr, counts_ptr, mask, slots, height, width, expansion, threshold, M, DETECTRON2
     )
     for first in range(left + tl.program_id(1) * COLUMNS, right, tl.num_programs(1) * COLUMNS):
         x = first + tl.arange(0, COLUMNS)
-        count = _changes_at_top(
-            masks_ptr, mask, x, box, image_height, image_width, expansion, threshold, M, PADDING, DETECTRON2
-        )
+        count = _changes_at_top(masks_ptr, view, x, M, PADDING, DETECTRON2)
         for row in range(top, bottom, ROWS):
             y = row + tl.arange(0, ROWS)
-            changes = _changes(
-                masks_ptr, mask, y, x, box, image_height, image_width, expansion, threshold, M, PADDING, DETECTRON2
-            )
+            changes = _changes(masks_ptr, view, y, x, M, PADDING, DETECTRON2)
             count += tl.sum(tl.where(changes & (y < bottom)[:, None], 1, 0), axis=0)
         tl.store(columns_ptr + mask * width + x, count, mask=x < right)
 
@@ -187,24 +146,20 @@ def rle_write_kernel(
     Programs own what those of `rle_count_kernel` do.
     """
     mask = tl.program_id(0).to(tl.int64)
-    box, image_height, image_width, top, bottom, left, right = region(
-        boxes_ptr, sizes_ptr, counts_ptr, mask, slots, height, width, expansion, M, DETECTRON2
+    view, image_height, top, bottom, left, right = region(
+        boxes_ptr, sizes_ptr, counts_ptr, mask, slots, height, width, expansion, threshold, M, DETECTRON2
     )
     start = tl.load(header_ptr + (mask + 1) * FIELDS)
     for first in range(left + tl.program_id(1) * COLUMNS, right, tl.num_programs(1) * COLUMNS):
         x = first + tl.arange(0, COLUMNS)
         place = start + tl.load(columns_ptr + mask * width + x, mask=x < right, other=0)
-        at_top = _changes_at_top(
-            masks_ptr, mask, x, box, image_height, image_width, expansion, threshold, M, PADDING, DETECTRON2
-        )
+        at_top = _changes_at_top(masks_ptr, view, x, M, PADDING, DETECTRON2)
         stored = (at_top != 0) & (x < right) & (place < capacity)
         tl.store(changes_ptr + place, x * image_height, mask=stored)
         place += at_top
         for row in range(top, bottom, ROWS):
             y = row + tl.arange(0, ROWS)
-            changes = _changes(
-                masks_ptr, mask, y, x, box, image_height, image_width, expansion, threshold, M, PADDING, DETECTRON2
-            )
+            changes = _changes(masks_ptr, view, y, x, M, PADDING, DETECTRON2)
             marks = tl.where(changes & (y < bottom)[:, None] & (x < right)[None, :], 1, 0)
             target = place[None, :] + tl.cumsum(marks, axis=0) - marks
             position = x[None, :] * image_height + y[:, None]

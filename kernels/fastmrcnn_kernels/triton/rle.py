@@ -43,8 +43,8 @@ def _rle_scan_kernel(
 ):
     """columns[b, x] = the sum of those before x, and room for all of mask b.  A program owns one mask."""
     mask = tl.program_id(0).to(tl.int64)
-    _box, _height, _width, _top, _bottom, left, right = region(
-        boxes_ptr, sizes_ptr, counts_ptr, mask, slots, height, width, expansion, M, DETECTRON2
+    _view, _height, _top, _bottom, left, right = region(
+        boxes_ptr, sizes_ptr, counts_ptr, mask, slots, height, width, expansion, 0.0, M, DETECTRON2
     )
     total = (mask * 0).to(tl.int32)
     for first in range(left, right, SCANNED):
