@@ -40,20 +40,16 @@ CELLS, DETECTIONS, SIZE = 28, 100, (480, 640)
 Numbers = dict[str, np.ndarray[Any, Any]]
 
 
-class Remembered:
+class Remembered(Shapes):
     """Images of shapes, made once, without their masks; and detections of them, in boxes that are a little off."""
 
     def __init__(self, count: int) -> None:
-        shapes = Shapes(count, image_size=SIZE, max_objects=12)
-        self.coco, self.category_ids = shapes.coco, shapes.category_ids
+        super().__init__(count, image_size=SIZE, max_objects=12)
         self.images, self.detections = [], []
         generator = torch.Generator().manual_seed(0)
-        for image, target in (shapes[i] for i in range(count)):
+        for image, target in (super(Remembered, self).__getitem__(i) for i in range(count)):
             self.images.append((image, {"image_id": target["image_id"]}))
             self.detections.append(perturbed(target, generator))
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Any]]:
         return self.images[i]
@@ -73,7 +69,7 @@ def perturbed(target: dict[str, Any], generator: torch.Generator) -> dict[str, T
     return {"boxes": boxes, "labels": target["labels"][which], "scores": scores, "masks": masks}
 
 
-def knowing(dataset: Remembered, images: list[Tensor] | None = None) -> tuple[nn.Module, nn.Module]:
+def knowing(dataset: Remembered) -> tuple[nn.Module, nn.Module]:
     """torchvision's model and ours, which leave images at their size, and detect what is known of them, in turn."""
     options = {"weights": None, "weights_backbone": None, "min_size": SIZE[0], "max_size": SIZE[1], "num_classes": 4}
     theirs = torchvision.models.detection.maskrcnn_resnet50_fpn(**options).to(device_name()).eval()
@@ -112,7 +108,7 @@ def by_reference(model: nn.Module, dataset: Remembered, batch_size: int) -> Numb
         evaluators = {kind: COCOeval(truth, iouType=kind) for kind in ("bbox", "segm")}
         matches: dict[str, list[Any]] = {kind: [] for kind in evaluators}
         ids: list[int] = []
-        for images, targets in DataLoader(dataset, batch_size, collate_fn=collate):  # type: ignore[arg-type]
+        for images, targets in DataLoader(dataset, batch_size, collate_fn=collate):
             with torch.inference_mode():
                 outputs = model([image.to(device_name()) for image in images])
             found = {t["image_id"]: {k: v.cpu() for k, v in x.items()} for t, x in zip(targets, outputs, strict=True)}
@@ -157,7 +153,7 @@ def contenders(count: int, batch_size: int) -> dict[str, Callable[[], Numbers]]:
     theirs, ours = knowing(dataset)
 
     def by_us() -> Numbers:
-        metrics = evaluate(ours, dataset, batch_size=batch_size, progress=False)  # type: ignore[arg-type]
+        metrics = evaluate(ours, dataset, batch_size=batch_size, progress=False)
         return {kind: np.array(numbers.stats) for kind, numbers in metrics.items()}
 
     return {"torchvision": lambda: by_reference(theirs, dataset, batch_size), "fastmrcnn": by_us}

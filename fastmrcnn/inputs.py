@@ -29,19 +29,19 @@ WASTE = 0.2
 _ACCEPTED = "a path, a PIL image, a NumPy array [H, W, 3] or [H, W], or a tensor [3, H, W]"
 
 
-def each(inputs: ImageInput | Iterable[ImageInput]) -> Iterable[ImageInput] | None:
-    """The images of some inputs (a batch in one array or tensor has several), or None if they are one image.
+def each(inputs: ImageInput | Iterable[ImageInput]) -> tuple[Iterable[ImageInput], bool]:
+    """The images of some inputs, and whether it is one that was given alone; a 4-d array or tensor is a batch of them.
 
     Raises:
-        TypeError: they are neither.
+        TypeError: they are neither an image nor any number of them.
     """
     if isinstance(inputs, np.ndarray | Tensor):
-        return inputs if inputs.ndim == 4 else None
-    if is_file(inputs) or isinstance(inputs, Image.Image):
-        return None
+        return (inputs, False) if inputs.ndim == 4 else ([inputs], True)
+    if isinstance(inputs, str | os.PathLike | Image.Image):
+        return [inputs], True
     if not isinstance(inputs, Iterable):
         raise TypeError(f"inputs: expected {_ACCEPTED}, or any number of these, got {type(inputs).__name__}")
-    return inputs
+    return inputs, False
 
 
 def is_file(source: Any) -> bool:
@@ -112,7 +112,7 @@ class Item:
             if self.image is None:
                 self.image = load_image(self.source)
             self.staged = self.image.pin_memory() if stage and self.image.device.type == "cpu" else self.image
-        except Exception as error:
+        except Exception as error:  # any: it is raised where results are taken, once all before it have been
             self.error = error
 
 
@@ -200,7 +200,7 @@ def _items(inputs: Iterable[ImageInput], channels: int) -> Iterator[Item]:
                 yield Item(number, source, as_tensor(source, f"inputs[{number}]", channels))
             except (TypeError, ValueError) as error:
                 yield Item(number, source, error=error)
-    except Exception as error:
+    except Exception as error:  # any, of whoever makes the inputs: likewise
         yield Item(number + 1, None, error=error)
 
 

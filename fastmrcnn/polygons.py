@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmrcnn import ops
-from fastmrcnn_kernels.reference.rle import RLE, from_text
+from fastmrcnn_kernels.reference.rle import RLE, run_lengths_of
 
 __all__ = ["masks_to_polygons", "rle_to_polygons"]
 
@@ -79,7 +79,7 @@ class _Bars(NamedTuple):
 
 
 def _bars(rles: Sequence[RLE]) -> _Bars:
-    runs, owner = _run_lengths(rles)
+    runs, owner = run_lengths_of(rles)
     heights = np.array([rle["size"][0] for rle in rles], np.int64)[owner]
     ends = np.cumsum(runs)
     starts = ends - runs
@@ -97,28 +97,6 @@ def _bars(rles: Sequence[RLE]) -> _Bars:
     )
     x = columns + index
     return _Bars(owner, x, np.maximum(starts - x * heights, 0), np.minimum(ends - x * heights, heights))
-
-
-def _run_lengths(rles: Sequence[RLE]) -> tuple[_Integers, _Integers]:
-    """Run lengths of all masks, and whose each is."""
-    lists = {i: rle["counts"] for i, rle in enumerate(rles) if not isinstance(rle["counts"], str | bytes)}
-    texts = [_text(rle["counts"]) if i not in lists else b"" for i, rle in enumerate(rles)]
-    runs, owner, valid = from_text(texts)
-    if lists:
-        runs = np.concatenate([runs, *(np.array(counts, np.int64) for counts in lists.values())])
-        owner = np.concatenate([owner, np.repeat(list(lists), [len(counts) for counts in lists.values()])])
-        order = np.argsort(owner, kind="stable")
-        runs, owner = runs[order], owner[order]
-    covered = np.bincount(owner, runs, len(rles))
-    for i, rle in enumerate(rles):
-        height, width = rle["size"]
-        if not valid[i] or covered[i] != height * width or min(lists.get(i, ()), default=0) < 0:
-            raise ValueError(f"rles[{i}]: its counts are malformed, or not of a mask of {height} x {width}")
-    return runs, owner
-
-
-def _text(counts: str | bytes) -> bytes:
-    return counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
 
 
 def _sides(bars: _Bars, height: int, width: int) -> tuple[_Sides, _Integers]:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Sequence, Sized
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -147,15 +147,13 @@ class Predictor:
             FileNotFoundError: there is no such file.
             TypeError, ValueError: an input is no image; the message has its position.
         """
-        several = each(inputs)
-        if several is not None:
-            return [prediction.result for prediction in self.stream(several, progress=progress)]
-        (prediction,) = self.stream([inputs], progress=progress)  # type: ignore[list-item]
-        return prediction.result
+        images, alone = each(inputs)
+        results = [prediction.result for prediction in self.stream(images, progress=progress)]
+        return results[0] if alone else results
 
     def stream(
         self, inputs: Iterable[ImageInput], *, progress: bool | str = False, total: int | None = None
-    ) -> Iterator[Prediction]:
+    ) -> Generator[Prediction, None, None]:
         """Find objects in any number of images, of which only a few batches are in memory at a time.
 
         Inputs are taken from an iterator before the results of earlier ones are yielded: files as far ahead as needed
@@ -175,12 +173,12 @@ class Predictor:
             DataError, FileNotFoundError, TypeError, ValueError: as for a call, once all before the input at fault
                 have been yielded.
         """
-        several = each(inputs)
-        if total is None and isinstance(inputs, Sized):
-            total = len(inputs) if several is not None else 1
+        images, _ = each(inputs)
+        if total is None and isinstance(images, Sized):
+            total = len(images)
         device = self.device
         queue = batches(
-            [inputs] if several is None else several,  # type: ignore[list-item]
+            images,
             self.batch_size,
             workers=self.workers,
             stage=device.type == "cuda",

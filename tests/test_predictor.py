@@ -8,7 +8,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -151,11 +151,11 @@ def test_bad_options_are_refused() -> None:
         with pytest.raises(ValueError, match=next(iter(option))):
             Predictor(Fake(), **option)
     with pytest.raises(TypeError, match=r"model must be .* got int"):
-        Predictor(5)  # type: ignore[arg-type]
+        Predictor(cast(Any, 5))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
         Predictor("nowhere.pt")
     with pytest.raises(TypeError, match="inputs: expected a path"):
-        Predictor(Fake())(5)  # type: ignore[arg-type]
+        Predictor(Fake())(cast(Any, 5))
 
 
 def test_from_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def test_an_endless_stream_is_read_a_little_ahead(batch_size: int, workers: int)
         assert values([prediction.result]) == [number % 10 / 10]
         assert taken - number <= 4 * batch_size + batch_size + 2 * workers
         assert workers or batch_size > 1 or taken == number  # so that each frame of a camera is done at once
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert not [
         thread for thread in threading.enumerate() if thread.name.startswith("fastmrcnn-read") and not wait(thread)
     ]

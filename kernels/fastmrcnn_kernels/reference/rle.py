@@ -143,21 +143,36 @@ def encode_bool(masks: Tensor) -> Encoded:
     return encoded([run_lengths(mask, 0, 0, height, width) for mask in pixels], height, width)
 
 
-def decode(rles: Sequence[RLE]) -> Tensor:
-    """See `fastmrcnn.ops.decode`."""
-    masks = []
+def run_lengths_of(rles: Sequence[RLE]) -> tuple[Integers, Integers]:
+    """Run lengths of all masks, whose counts are compressed or lists, and whose each is; ValueError if malformed."""
+    lists = {i: rle["counts"] for i, rle in enumerate(rles) if not isinstance(rle["counts"], str | bytes)}
+    texts = [b"" if i in lists else _as_bytes(rle["counts"]) for i, rle in enumerate(rles)]
+    runs, owner, valid = from_text(texts)
+    if lists:
+        runs = np.concatenate([runs, *(np.array(counts, np.int64) for counts in lists.values())])
+        owner = np.concatenate([owner, np.repeat(list(lists), [len(counts) for counts in lists.values()])])
+        order = np.argsort(owner, kind="stable")
+        runs, owner = runs[order], owner[order]
+    covered = np.bincount(owner, runs, len(rles))
     for i, rle in enumerate(rles):
         height, width = rle["size"]
-        counts = rle["counts"]
-        if isinstance(counts, str | bytes):
-            text = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
-            runs, _, (valid,) = from_text([text])
-        else:
-            runs, valid = np.array(counts, np.int64), min(counts, default=0) >= 0
-        if not valid or runs.sum() != height * width:
-            covered = f"cover {runs.sum()} pixels of" if valid else "are malformed, of a mask of"
-            raise ValueError(f"rles[{i}]: its counts {covered} {height} x {width}")
-        pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height)
+        if not valid[i] or covered[i] != height * width or min(lists.get(i, ()), default=0) < 0:
+            raise ValueError(f"rles[{i}]: its counts are malformed, or not of a mask of {height} x {width}")
+    return runs, owner
+
+
+def _as_bytes(counts: str | bytes) -> bytes:
+    return counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
+
+
+def decode(rles: Sequence[RLE]) -> Tensor:
+    """See `fastmrcnn.ops.decode`."""
+    runs, owner = run_lengths_of(rles)
+    ends = np.searchsorted(owner, np.arange(len(rles) + 1))
+    masks = []
+    for rle, start, end in zip(rles, ends[:-1], ends[1:], strict=True):
+        height, width = rle["size"]
+        pixels = np.repeat(np.arange(end - start) % 2 == 1, runs[start:end]).reshape(width, height)
         masks.append(torch.from_numpy(pixels).mT)
     return torch.stack(masks)
 
