@@ -34,7 +34,9 @@ from triton.runtime import jit
 from fastmrcnn_kernels.sampler import Sampler
 from fastmrcnn_kernels.triton.box_coding import decode_boxes, decode_proposals, encode_boxes
 from fastmrcnn_kernels.triton.detections import select_detections
+from fastmrcnn_kernels.triton.images import resize_images
 from fastmrcnn_kernels.triton.mask_iou import mask_iou
+from fastmrcnn_kernels.triton.matching import match_boxes
 from fastmrcnn_kernels.triton.merge import merge_levels
 from fastmrcnn_kernels.triton.nms import sorted_nms
 from fastmrcnn_kernels.triton.paste import paste_masks
@@ -110,6 +112,12 @@ def box_coding(dtype: torch.dtype) -> None:
     encode_boxes(boxes, boxes, weights)
 
 
+def matching(num_boxes: int, *, shared: bool) -> None:
+    """Of two images with 20 objects each; of boxes that are shared, as anchors are, all that are best for some."""
+    boxes, count = torch.empty(1 if shared else 2, num_boxes, 4), torch.ones(2, dtype=torch.int64)
+    match_boxes(boxes, torch.empty(2, 20, 4), count, 0.7, 0.3, shared)
+
+
 def soft_nms(segments: int, num_boxes: int, *, gaussian: bool, grouped: bool = False) -> None:
     """The 100 best boxes of each segment."""
     boxes, scores = torch.empty(segments, num_boxes, 4), torch.empty(segments, num_boxes)
@@ -143,6 +151,13 @@ def overlaps(*, crowds: bool) -> None:
     mask_iou(bits, bits, torch.empty(100, dtype=torch.bool) if crowds else None)
 
 
+def images(dtype: torch.dtype, channels: int) -> None:
+    """Eight images on canvases of 800 x 1344."""
+    numbers = [1.0] * channels
+    views = torch.empty(8, 8, dtype=torch.int64)
+    resize_images(torch.empty(1 << 20, dtype=torch.uint8), views[:, 0], views, 800, 1344, numbers, numbers, dtype)
+
+
 def _cases() -> dict[str, Callable[[], None]]:
     cases: dict[str, Callable[[], None]] = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -163,6 +178,7 @@ def _cases() -> dict[str, Callable[[], None]]:
         cases[f"proposals {name}"] = lambda d=dtype: proposals(d)
         cases[f"detections {name} 91 classes"] = lambda d=dtype: detections(d, 91)
         cases[f"box coding {name}"] = lambda d=dtype: box_coding(d)
+        cases[f"resize_images {name}"] = lambda d=dtype: images(d, 3)
     for name, gaussian in (("linear", False), ("gaussian", True)):
         cases[f"soft_nms {name} 2 x 1000"] = lambda g=gaussian: soft_nms(2, 1000, gaussian=g)
         cases[f"soft_nms {name} 2 x 10000 in groups"] = lambda g=gaussian: soft_nms(2, 10_000, gaussian=g, grouped=True)
@@ -170,6 +186,9 @@ def _cases() -> dict[str, Callable[[], None]]:
         for out in ("soft", "bool", "bits"):
             cases[f"paste {out} {semantics}"] = lambda o=out, s=semantics: paste(o, detectron2=s == "detectron2")
         cases[f"rle {semantics}"] = lambda s=semantics: rle(detectron2=s == "detectron2")
+    cases["resize_images bfloat16 C=16"] = lambda: images(torch.bfloat16, 16)
+    cases["match_boxes 268569"] = lambda: matching(268_569, shared=True)
+    cases["match_boxes 2000"] = lambda: matching(2000, shared=False)
     cases["mask_iou"] = lambda: overlaps(crowds=False)
     cases["mask_iou with crowds"] = lambda: overlaps(crowds=True)
     cases["rle of images"] = lambda: encode_bool(torch.empty(100, 800, 1333, dtype=torch.bool), 160_000)

@@ -15,12 +15,15 @@ Boxes are `x1,y1,x2,y2` in pixels everywhere.
 from fastmrcnn.ops.bits import boundary_iou, count_bits, mask_boundary, mask_iou, pack_bits, unpack_bits
 from fastmrcnn.ops.boxes import decode_boxes, encode_boxes
 from fastmrcnn.ops.detections import select_detections
+from fastmrcnn.ops.images import pack_images, resize_images
 from fastmrcnn.ops.implementations import Impl
 from fastmrcnn.ops.masks import Semantics, heatmaps_to_keypoints, paste_masks, paste_masks_in_image
+from fastmrcnn.ops.matching import match_boxes
 from fastmrcnn.ops.proposals import decode_proposals, merge_levels, topk_anchors
 from fastmrcnn.ops.rle import RLE, Encoded, begin_encoding, decode, encode_bool, encode_masks
 from fastmrcnn.ops.roi import MultiScaleRoIAlign, multilevel_roi_align, pool_like, roi_align, roi_pool
 from fastmrcnn.ops.suppression import batched_nms, nms, padded_nms, padded_soft_nms, soft_nms
+from fastmrcnn.ops.targets import mask_targets, pack_masks
 
 __all__ = [
     "RLE",
@@ -41,15 +44,20 @@ __all__ = [
     "heatmaps_to_keypoints",
     "mask_boundary",
     "mask_iou",
+    "mask_targets",
+    "match_boxes",
     "merge_levels",
     "multilevel_roi_align",
     "nms",
     "pack_bits",
+    "pack_images",
+    "pack_masks",
     "padded_nms",
     "padded_soft_nms",
     "paste_masks",
     "paste_masks_in_image",
     "pool_like",
+    "resize_images",
     "roi_align",
     "roi_pool",
     "select_detections",

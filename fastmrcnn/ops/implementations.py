@@ -10,11 +10,21 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import roi_heads as torchvision_heads
 
-from fastmrcnn_kernels import library, numpy_bits, torchvision_masks, torchvision_ops
+from fastmrcnn_kernels import (
+    library,
+    numpy_bits,
+    numpy_mask_targets,
+    torchvision_images,
+    torchvision_masks,
+    torchvision_ops,
+)
 from fastmrcnn_kernels.reference import bits as reference_bits
 from fastmrcnn_kernels.reference import boxes as reference_boxes
 from fastmrcnn_kernels.reference import detections as reference_detections
+from fastmrcnn_kernels.reference import images as reference_images
 from fastmrcnn_kernels.reference import keypoints as reference_keypoints
+from fastmrcnn_kernels.reference import mask_targets as reference_mask_targets
+from fastmrcnn_kernels.reference import matching as reference_matching
 from fastmrcnn_kernels.reference import nms as reference_nms
 from fastmrcnn_kernels.reference import paste as reference_paste
 from fastmrcnn_kernels.reference import proposals as reference_proposals
@@ -58,6 +68,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "padded_soft_nms": {"reference": reference_soft_nms.padded_soft_nms, "triton": library.padded_soft_nms},
     "encode_boxes": {"reference": reference_boxes.encode_deltas, "triton": library.encode_boxes},
     "decode_boxes": {"reference": reference_boxes.decode_class_deltas, "triton": library.decode_boxes},
+    "match_boxes": {"reference": reference_matching.match_boxes, "triton": library.match_boxes},
     "topk_anchors": {"reference": reference_proposals.topk_anchors, "triton": library.topk_anchors},
     "decode_proposals": {"reference": reference_proposals.decode_proposals, "triton": library.decode_proposals},
     "merge_levels": {"reference": reference_proposals.merge_levels, "triton": library.merge_levels},
@@ -84,6 +95,16 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "reference": reference_bits.mask_iou,
         "numpy": numpy_bits.mask_iou,
         "triton": library.mask_iou,
+    },
+    "resize_images": {
+        "reference": reference_images.resize_images,
+        "torchvision": torchvision_images.resize_images,
+        "triton": library.resize_images,
+    },
+    "mask_targets": {
+        "reference": reference_mask_targets.mask_targets,
+        "numpy": numpy_mask_targets.mask_targets,
+        "triton": library.mask_targets,
     },
     "heatmaps_to_keypoints": {
         "reference": reference_keypoints.heatmaps_to_keypoints,

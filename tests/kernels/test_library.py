@@ -95,6 +95,14 @@ def test_opcheck_of_masks(op: str) -> None:
     torch.library.opcheck(getattr(torch.ops.fastmrcnn, op).default, mask_calls()[op])
 
 
+def test_opcheck_of_images() -> None:
+    pixels = torch.randint(0, 256, (300,), dtype=torch.uint8, device=DEVICE)
+    offsets = torch.tensor([0, 100], device=DEVICE)
+    views = torch.tensor([[4, 6, 8, 12, 0, 0, 8, 12], [5, 3, 7, 9, 1, 2, 6, 7]], device=DEVICE)
+    arguments = pixels, offsets, views, 9, 13, [0.01, 0.02, 0.03], [-1.0, 0.0, 1.0], torch.float16
+    torch.library.opcheck(torch.ops.fastmrcnn.resize_images.default, arguments)
+
+
 @pytest.mark.parametrize("op", ["topk_anchors", "sorted_nms", "merge_levels", "select_detections"])
 def test_opcheck_of_a_detector(op: str) -> None:
     torch.library.opcheck(getattr(torch.ops.fastmrcnn, op).default, detector_calls()[op])
@@ -260,8 +268,8 @@ from collections import defaultdict
 from itertools import product
 from benchmarks.compile_report import TARGETS, record
 from fastmrcnn_kernels.sampler import Sampler
-from fastmrcnn_kernels.triton import box_coding, detections, mask_iou, merge, nms, paste, rle
-from fastmrcnn_kernels.triton import roi_align, roi_align_backward, roi_pool, topk
+from fastmrcnn_kernels.triton import box_coding, detections, images as resize, mask_iou, merge, nms, paste, rle
+from fastmrcnn_kernels.triton import matching, roi_align, roi_align_backward, roi_pool, topk
 from triton.compiler import make_backend
 from triton.runtime import jit
 
@@ -292,6 +300,11 @@ def detect(images, count, height, width):
     masks = torch.empty(images, count, 28, 28)
     paste.paste_masks(masks, boxes, height, width, sizes, counts, False, 1, 0.5, "soft")
     rle.encode_masks(masks, boxes, sizes, counts, height, width, count * width, False, 1, 0.5)
+    views, numbers = torch.empty(images, 8, dtype=torch.int64), (float(images), count / 7, 1.0)
+    pixels = torch.empty(count, dtype=torch.uint8)
+    resize.resize_images(pixels, sizes[:, 0], views, height, width, numbers, numbers, torch.float16)
+    for some in (boxes, boxes[:1]):
+        matching.match_boxes(some, boxes[:, :height // 32], counts, count / 2000, 0.3, True)
     bits = torch.empty(count, height, width // 32, dtype=torch.int32)
     mask_iou.mask_iou(bits, bits[:images], None)
 
@@ -314,7 +327,7 @@ def test_nothing_is_compiled_for_another_size() -> None:
     assert run.returncode == 0, run.stderr
     found, passes = run.stdout.splitlines()
     counts = ast.literal_eval(found)
-    assert len(counts) == 22
+    assert len(counts) == 25
     assert set(counts.values()) == {1}, counts
     assert passes == "4"
 
