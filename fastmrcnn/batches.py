@@ -6,6 +6,7 @@ the others are padding: what they hold never reaches a result.  `count` stays on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
@@ -29,6 +30,64 @@ class ImageBatch:
 
 
 @dataclass
+class LoadedBatch:
+    """Images and targets of a batch as a loader makes them, as few bytes as there are: nothing is resized yet.
+
+    Args:
+        image_ids: of the images.
+        size: (height, width) of the canvas, in pixels.
+        pixels: uint8 [bytes], image after image, each [H, W, C].
+        pixel_offsets: where each image begins in `pixels`, int64 [N].
+        views: how each image is resized and cropped, int64 [N, 8]: see `fastmrcnn_kernels.views`.
+        boxes: [N, G, 4] float32, pixels of the canvas; G slots, at least one.
+        labels: [N, G] int64, 1 .. classes - 1.
+        count: number of objects of each image, int64 [N].
+        words: masks, see `PackedMasks`, or None.
+        word_offsets: where those of each image begin in `words`, int64 [N], or None.
+        keypoints: [N, G, keypoints, 3] float32 (x, y, visibility), or None.
+    """
+
+    image_ids: list[int]
+    size: tuple[int, int]
+    pixels: Tensor
+    pixel_offsets: Tensor
+    views: Tensor
+    boxes: Tensor
+    labels: Tensor
+    count: Tensor
+    words: Tensor | None = None
+    word_offsets: Tensor | None = None
+    keypoints: Tensor | None = None
+
+    def pin_memory(self) -> LoadedBatch:
+        """The same in page-locked memory, from which copies to a GPU do not wait."""
+        return self._with(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> LoadedBatch:
+        """The same on `device`."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> LoadedBatch:
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+
+
+@dataclass
+class PackedMasks:
+    """Masks of a batch of images as one bit per pixel, in the images' own size, whatever the network sees of them.
+
+    Args:
+        words: int32 [words]: image after image and object after object, each [H, ceil(W / 32)] as `ops.pack_bits` has it.
+        offsets: where those of each image begin in `words`, int64 [N].
+        views: how each image, and so its masks, is resized and cropped, int64 [N, 8]: see `fastmrcnn_kernels.views`.
+    """
+
+    words: Tensor
+    offsets: Tensor
+    views: Tensor
+
+
+@dataclass
 class TargetBatch:
     """Ground truth of a batch of images, G slots each (at least one).
 
@@ -36,14 +95,14 @@ class TargetBatch:
         boxes: [N, G, 4] float32, pixels of the padded images.
         labels: [N, G] int64, 1 .. classes - 1.
         count: number of objects of each image, int64 [N].
-        masks: [N, G, Hp, Wp] uint8, or None.
+        masks: of the objects, or None.
         keypoints: [N, G, keypoints, 3] float32 (x, y, visibility), or None.
     """
 
     boxes: Tensor
     labels: Tensor
     count: Tensor
-    masks: Tensor | None = None
+    masks: PackedMasks | None = None
     keypoints: Tensor | None = None
 
     @property

@@ -38,9 +38,20 @@ class ModelInfo:
 def save_checkpoint(
     path: str | os.PathLike[str], model: nn.Module, info: ModelInfo, training: dict[str, Any] | None = None
 ) -> Path:
-    """Write a checkpoint: tensors, numbers, strings, lists and dicts.  An interrupted write leaves the old file."""
+    """Write a checkpoint: tensors, numbers, strings, lists and dicts.  An interrupted write leaves the old file.
+
+    Raises:
+        OSError: the file could not be written, for example since the disk is full.
+    """
     content = {"format": FORMAT, "model": model.state_dict(), "info": asdict(info), "training": training}
-    return write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+    def write(temporary: Path) -> None:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # what PyTorch's writer makes of a refusal of the system
+            raise OSError(f"the disk may be full: {str(error).splitlines()[0]}") from error
+
+    return write_atomically(path, write)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -50,19 +61,29 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a checkpoint of this library.
     """
+    content = load_tensors(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"checkpoint: {path} was not written by fastmrcnn (no format {FORMAT!r} in it)")
+    return content
+
+
+def load_tensors(path: str | os.PathLike[str]) -> Any:
+    """What a file of PyTorch's holds, on the CPU, if that is no more than tensors, numbers, texts, lists and dicts.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds something else.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         # What PyTorch says of objects that it does not load is how to load them all the same.
         unsafe = isinstance(error, pickle.UnpicklingError)
         reason = "it holds objects, or is no archive" if unsafe else next(iter(str(error).splitlines()), type(error))
         raise ValueError(f"checkpoint: {path} is damaged, or no file of tensors ({reason})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"checkpoint: {path} was not written by fastmrcnn (no format {FORMAT!r} in it)")
-    return content
 
 
 def load_model(
@@ -74,7 +95,6 @@ def load_model(
     stored = content["info"]
     config = ModelConfig(**{k: v for k, v in stored["config"].items() if k in known})
     info = ModelInfo(config, stored["class_names"], stored["category_ids"], stored["num_keypoints"])
-    without_download = ModelConfig(**(asdict(config) | {"weights": None, "weights_backbone": None}))
-    model = build_model(without_download, len(info.class_names) + 1, info.num_keypoints)
+    model = build_model(config, len(info.class_names) + 1, info.num_keypoints, pretrained=False)
     model.load_state_dict(content["model"])
     return model.to(device or "cpu").eval(), info

@@ -10,8 +10,11 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
 
 
-def check_images(images: Sequence[Tensor]) -> None:
-    """Raise unless `images` are floating-point tensors [C, H, W]."""
+def check_images(images: Sequence[Tensor], channels: int = 3) -> None:
+    """Raise unless `images` are floating-point tensors [C, H, W] of `channels` channels, or of one that stands for all.
+
+    The latter is what torchvision makes of it: normalisation by the numbers of each channel gives as many.
+    """
     if isinstance(images, Tensor) and images.dim() != 4:
         raise ValueError(f"images: expected a list of [C, H, W] tensors, got one tensor of shape {list(images.shape)}")
     if len(images) == 0:
@@ -21,6 +24,8 @@ def check_images(images: Sequence[Tensor]) -> None:
             raise TypeError(f"images[{i}]: expected a Tensor, got {type(image).__name__}")
         if image.dim() != 3 or 0 in image.shape:
             raise ValueError(f"images[{i}]: expected shape [C, H, W], got {list(image.shape)}")
+        if len(image) not in (1, channels):
+            raise ValueError(f"images[{i}]: expected {channels} channels, as the model has it, got {list(image.shape)}")
         if not image.is_floating_point():
             raise TypeError(f"images[{i}]: expected floating point in 0 .. 1, got {image.dtype}; divide bytes by 255")
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 
+from torch import nn
+from torchvision.models import get_model_weights
+from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
-from torchvision.models.detection.keypoint_rcnn import KeypointRCNNPredictor
-from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 
 from fastmrcnn.models import builders
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
+from fastmrcnn.models.norms import Norm, replace_norms
 from fastmrcnn.models.small import maskrcnn_resnet18_fpn
+from fastmrcnn.models.surgery import freeze, keep_first_stages, replace_first_convolution, replace_heads
 
 ModelName = Literal[
     "maskrcnn_resnet50_fpn",
@@ -42,6 +44,15 @@ class ModelConfig:
         detections_per_image: detections that are kept.
         proposals: region proposals per image, before and after suppression; by default the architecture's.
         box_samples: proposals per image that the second stage learns from; by default the architecture's.
+        norm: norms of the backbone and its pyramid: frozen ones, batch norms, batch norms over all processes (sync), or
+            group norms; by default the architecture's. Stages that do not learn keep frozen ones. Batch norms in heads
+            stay, and take their statistics per process, since they leave out its unused samples.
+        freeze: names of layers or weights that do not learn, such as backbone.body.layer1 or roi_heads.box_head, with
+            all that is in them; the statistics of their batch norms stay, too.
+        class_agnostic: all classes share box deltas and masks.
+        channels: of the images; for other than 3 the first layer is new, of pretrained weights the mean of the old.
+        image_mean: mean per channel of images in 0 to 1; by default that of ImageNet, for other than 3 channels 0.5.
+        image_std: deviation per channel; by default that of ImageNet, for other than 3 channels 0.25.
     """
 
     name: ModelName = "maskrcnn_resnet50_fpn"
@@ -54,15 +65,44 @@ class ModelConfig:
     detections_per_image: int = 100
     proposals: int | None = None
     box_samples: int | None = None
+    norm: Norm | None = None
+    freeze: list[str] = field(default_factory=list)
+    class_agnostic: bool = False
+    channels: int = 3
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
 
 
-def build_model(config: ModelConfig, num_classes: int, num_keypoints: int = 0) -> GeneralizedRCNN:
+def build_model(
+    config: ModelConfig, num_classes: int, num_keypoints: int = 0, *, pretrained: bool = True
+) -> GeneralizedRCNN:
     """The network `config` describes, for `num_classes` classes (with the background).
 
+    Without `pretrained` the weights that `config` names are not read, but all else is as with them: for a `state_dict`
+    that is to be loaded.
+
     Raises:
-        ValueError: a setting the architecture does not have.
+        ValueError: a setting that does not exist, or that the architecture does not have.
     """
-    kwargs: dict[str, Any] = {"box_detections_per_img": config.detections_per_image}
+    trained = bool(config.weights or config.weights_backbone)
+    if trained and not pretrained:
+        unnamed = replace(config, weights=None, weights_backbone=None, trainable_backbone_layers=None)
+        model = _architecture(unnamed, num_classes, num_keypoints)
+        _as_trained(model, config)
+    else:
+        model = _architecture(config, num_classes, num_keypoints)
+    if config.norm is not None:
+        replace_norms(model.backbone, config.norm)
+    if config.channels != 3:
+        replace_first_convolution(model, config.channels, trained and pretrained)
+    replace_heads(model, num_classes, num_keypoints, config.class_agnostic)
+    freeze(model, config.freeze)
+    return model
+
+
+def _architecture(config: ModelConfig, num_classes: int, num_keypoints: int) -> GeneralizedRCNN:
+    """What torchvision's builder, or ours, makes of `config`."""
+    kwargs: dict[str, Any] = {"box_detections_per_img": config.detections_per_image, **_normalization(config)}
     kwargs |= {k: v for k in ("min_size", "max_size") if (v := getattr(config, k)) is not None}
     if config.proposals is not None:
         counts = (f"rpn_{when}_nms_top_n_{mode}" for when in ("pre", "post") for mode in ("train", "test"))
@@ -85,23 +125,41 @@ def build_model(config: ModelConfig, num_classes: int, num_keypoints: int = 0) -
         sizes = tuple((size,) for size in config.anchor_sizes)
         kwargs["rpn_anchor_generator"] = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     if config.weights is not None:
-        model = build(**kwargs)
-        replace_heads(model, num_classes, num_keypoints)
-        return model
+        return build(**kwargs)
     if "keypoint" in config.name:
         kwargs["num_keypoints"] = num_keypoints or 17
     return build(num_classes=num_classes, **kwargs)
 
 
-def replace_heads(model: GeneralizedRCNN, num_classes: int, num_keypoints: int = 0) -> None:
-    """Give `model` new last layers for other classes or keypoints, as the published fine-tuning recipe does."""
-    heads = model.roi_heads
-    if heads.box_predictor.cls_score.out_features != num_classes:
-        heads.box_predictor = FastRCNNPredictor(heads.box_predictor.cls_score.in_features, num_classes)
-        if heads.has_mask():
-            hidden = heads.mask_predictor.conv5_mask
-            heads.mask_predictor = MaskRCNNPredictor(hidden.in_channels, hidden.out_channels, num_classes)
-    if num_keypoints and heads.has_keypoint():
-        last = heads.keypoint_predictor.kps_score_lowres
-        if last.out_channels != num_keypoints:
-            heads.keypoint_predictor = KeypointRCNNPredictor(last.in_channels, num_keypoints)
+def _normalization(config: ModelConfig) -> dict[str, list[float]]:
+    """The arguments `image_mean` and `image_std` of a detector, where they are not the usual."""
+    if config.channels < 1:
+        raise ValueError(f"channels: expected 1 or more, got {config.channels}")
+    arguments = {}
+    for name, default in (("image_mean", 0.5), ("image_std", 0.25)):
+        values = getattr(config, name)
+        if values is None and config.channels != 3:
+            values = [default] * config.channels
+        if values is None:
+            continue
+        if len(values) != config.channels:
+            raise ValueError(f"{name}: expected a number for each of {config.channels} channels, got {values}")
+        arguments[name] = list(values)
+    if min(arguments.get("image_std", [1.0])) <= 0:
+        raise ValueError(f"image_std: expected positive numbers, got {config.image_std}")
+    return arguments
+
+
+def _as_trained(model: GeneralizedRCNN, config: ModelConfig) -> None:
+    """Do to a new network what torchvision does to a pretrained one: keep its first stages, and freeze norms."""
+    if config.name == "maskrcnn_resnet18_fpn":
+        return
+    trainable = config.trainable_backbone_layers
+    keep_first_stages(cast(nn.Module, model.backbone.body), 3 if trainable is None else trainable)
+    if config.name.endswith("_v2"):
+        return
+    replace_norms(model.backbone, "frozen")
+    if config.weights and "resnet50" in config.name:
+        choice = get_model_weights(config.name)[config.weights.rpartition(".")[-1]]
+        if choice.name == "COCO_V1":
+            overwrite_eps(model, 0.0)

@@ -42,12 +42,9 @@ def mask_loss(logits: Tensor, boxes: Tensor, matched: Tensor, valid: Tensor, tar
     """Binary cross entropy of `logits` [N, S, M, M] against the matched masks inside `boxes` [N, S, 4]."""
     if targets.masks is None:
         raise ValueError("targets: a model with a mask branch needs 'masks' in every target")
-    num_images, slots = targets.masks.shape[:2]
-    image = torch.arange(num_images, device=boxes.device)[:, None]
-    index = torch.where(valid, image * slots + matched, -1).to(boxes.dtype)
-    rois = torch.cat((index[..., None], boxes), dim=-1).flatten(0, 1)
-    masks = targets.masks.flatten(0, 1)[:, None].to(boxes.dtype)
-    wanted = ops.roi_align(masks, rois, logits.shape[-2:]).view(logits.shape)
+    masks = targets.masks
+    wanted = ops.mask_targets(masks.words, masks.offsets, masks.views, boxes, matched, valid, logits.shape[-1])
+    wanted = wanted.to(boxes.dtype)
     loss = functional.binary_cross_entropy_with_logits(widen(logits), wanted, reduction="none")
     return mean_over(loss, valid[..., None, None].expand_as(loss))
 

@@ -61,7 +61,7 @@ class GeneralizedRCNN(TorchvisionGeneralizedRCNN):
         Raises:
             ValueError, TypeError: for what is missing or malformed in `images` or `targets`.
         """
-        check_images(images)
+        check_images(images, len(self.transform.image_mean))
         if targets is not None:
             check_targets(targets, images, self.roi_heads)
         elif self.training:

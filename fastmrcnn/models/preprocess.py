@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from fastmrcnn import ops
-from fastmrcnn.batches import DetectionBatch, ImageBatch, TargetBatch
+from fastmrcnn.batches import DetectionBatch, ImageBatch, LoadedBatch, PackedMasks, TargetBatch
+from fastmrcnn_kernels.views import WINDOW_HEIGHT, whole
 
 
 class Preprocess(GeneralizedRCNNTransform):
@@ -26,12 +26,29 @@ class Preprocess(GeneralizedRCNNTransform):
         The images are laid out channels_last, and with them every feature map: convolutions then copy less, on a CPU
         about a quarter of their time.
         """
-        image_list, resized = self(images, targets)
+        without_masks = targets and [{k: v for k, v in target.items() if k != "masks"} for target in targets]
+        image_list, resized = self(images, without_masks)
+        sizes = image_list.image_sizes
         tensors = image_list.tensors.contiguous(memory_format=torch.channels_last)
-        batch = ImageBatch(tensors, send(image_list.image_sizes, torch.int64, tensors.device))
-        if resized is None:
-            return batch, None, image_list.image_sizes
-        return batch, pad_targets(resized, batch), image_list.image_sizes
+        batch = ImageBatch(tensors, send(sizes, torch.int64, tensors.device))
+        if targets is None or resized is None:
+            return batch, None, sizes
+        padded = pad_targets(resized, batch)
+        if all("masks" in target for target in targets):
+            words, offsets = ops.pack_masks([target["masks"].to(tensors.device) for target in targets])
+            views = [whole(*image.shape[-2:], *size) for image, size in zip(images, sizes, strict=True)]
+            padded.masks = PackedMasks(words, offsets, send(views, torch.int64, tensors.device))
+        return batch, padded, sizes
+
+    def load(self, batch: LoadedBatch, dtype: torch.dtype = torch.float32) -> tuple[ImageBatch, TargetBatch]:
+        """A batch as a training loader makes it, on the device: images in `dtype`, resized, normalised and padded."""
+        mean, std = self.image_mean, self.image_std
+        tensors = ops.resize_images(batch.pixels, batch.pixel_offsets, batch.views, batch.size, mean, std, dtype)
+        masks = None
+        if batch.words is not None and batch.word_offsets is not None:
+            masks = PackedMasks(batch.words, batch.word_offsets, batch.views)
+        images = ImageBatch(tensors, batch.views[:, WINDOW_HEIGHT:])
+        return images, TargetBatch(batch.boxes, batch.labels, batch.count, masks, batch.keypoints)
 
     def normalize(self, image: Tensor) -> Tensor:
         """torchvision's, but for its copies of mean and deviation to the device, which wait for all queued work."""
@@ -84,8 +101,8 @@ def send(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def pad_targets(targets: list[dict[str, Any]], images: ImageBatch) -> TargetBatch:
-    """Targets of resized images, padded to the largest number of objects (at least 1) and to the size of the batch."""
-    device, (height, width) = images.tensors.device, images.tensors.shape[-2:]
+    """Boxes, labels and keypoints of resized images, padded to the largest number of objects (at least 1)."""
+    device = images.tensors.device
     wide = torch.promote_types(images.tensors.dtype, torch.float32)
     counts = [len(t["boxes"]) for t in targets]
     slots = max(1, *counts)
@@ -100,23 +117,8 @@ def pad_targets(targets: list[dict[str, Any]], images: ImageBatch) -> TargetBatc
             padded[i, : len(row)] = row
         return padded
 
-    def pad_masks() -> Tensor | None:
-        if any("masks" not in t for t in targets):
-            return None
-        padded = torch.zeros(len(targets), slots, height, width, device=device, dtype=torch.uint8)
-        for i, target in enumerate(targets):
-            masks = target["masks"].to(device, torch.uint8)
-            # One more row and column of the border: sampling between the last pixel and the edge of the image then
-            # finds that pixel, as it would at the end of the tensor.
-            bottom, right = min(height, masks.shape[1] + 1), min(width, masks.shape[2] + 1)
-            if len(masks):
-                border = (0, right - masks.shape[2], 0, bottom - masks.shape[1])
-                masks = functional.pad(masks[None].float(), border, mode="replicate")[0].to(torch.uint8)
-                padded[i, : len(masks), :bottom, :right] = masks
-        return padded
-
     boxes, labels = pad("boxes", wide), pad("labels", torch.int64)
     if boxes is None or labels is None:
         raise ValueError("targets: every target needs 'boxes' and 'labels'")
-    count = torch.tensor(counts, device=device)
-    return TargetBatch(boxes, labels, count, pad_masks(), pad("keypoints", wide))
+    count = send(counts, torch.int64, device)
+    return TargetBatch(boxes, labels, count, keypoints=pad("keypoints", wide))

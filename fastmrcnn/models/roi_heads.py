@@ -92,12 +92,16 @@ class RoIHeads(torchvision_heads.RoIHeads):
         return result
 
     def _classify(self, features: Features, boxes: Tensor, valid: Tensor, images: ImageBatch) -> tuple[Tensor, Tensor]:
-        """Class logits [N, K, classes] and box deltas [N, K, classes, 4] of `boxes` [N, K, 4]."""
+        """Class logits [N, K, classes] and box deltas [N, K, classes, 4] of `boxes` [N, K, 4].
+
+        Deltas that all classes share are repeated in a view, without memory of their own.
+        """
         pooled = pool(self.box_roi_pool, features, boxes, valid, images)
         with ignoring_padding(valid, self.box_head, self.box_predictor):
             logits, deltas = self.box_predictor(self.box_head(pooled))
-        slots = boxes.shape[:2]
-        return logits.unflatten(0, slots), deltas.unflatten(0, slots).unflatten(2, (-1, 4))
+        logits, deltas = logits.unflatten(0, boxes.shape[:2]), deltas.unflatten(0, boxes.shape[:2])
+        deltas = deltas.unflatten(2, (-1, 4))
+        return logits, deltas.expand(*logits.shape, 4) if deltas.shape[2] == 1 else deltas
 
     def _branch(self, name: str, features: Features, boxes: Tensor, valid: Tensor, images: ImageBatch) -> Tensor:
         """Output [N, D, channels, M, M] of the mask or keypoint branch for `boxes` [N, D, 4]."""
@@ -121,6 +125,11 @@ def pool(pooler: MultiScaleRoIAlign, features: Features, boxes: Tensor, valid: T
 
 
 def of_label(masks: Tensor, labels: Tensor) -> Tensor:
-    """The mask of each RoI's class (in padding, which may have none, any): [N, D, M, M] of [N, D, classes, M, M]."""
+    """The mask of each RoI's class (in padding, which may have none, any): [N, D, M, M] of [N, D, classes, M, M].
+
+    The only one, if all classes share it.
+    """
+    if masks.shape[2] == 1:
+        return masks[:, :, 0]
     index = labels.clamp(min=0)[..., None, None, None].expand(*labels.shape, 1, *masks.shape[-2:])
     return masks.gather(2, index).squeeze(2)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
 
+from fastmrcnn import ops
 from fastmrcnn.batches import TargetBatch
 from fastmrcnn_kernels.host import on_host
-from fastmrcnn_kernels.reference.boxes import pairwise_iou
 
 BACKGROUND, IGNORED = Matcher.BELOW_LOW_THRESHOLD, Matcher.BETWEEN_THRESHOLDS
 
@@ -22,14 +22,14 @@ def match(targets: TargetBatch, boxes: Tensor, matcher: Matcher) -> Tensor:
     below `matcher.low_threshold`, else IGNORED.  With `matcher.allow_low_quality_matches`, every box that no other box
     exceeds in IoU with some object keeps its object too.  Thresholds and ties as torchvision's `Matcher`.
     """
-    iou = pairwise_iou(targets.boxes, boxes).masked_fill(~targets.valid[..., None], -1.0)  # [N, G, B]
-    best, matched = iou.max(dim=1)
-    result = torch.where(best < matcher.high_threshold, IGNORED, matched)
-    result = torch.where(best < matcher.low_threshold, BACKGROUND, result)
-    if matcher.allow_low_quality_matches:
-        closest = (iou == iou.amax(dim=2, keepdim=True)) & targets.valid[..., None]
-        result = torch.where(closest.any(dim=1), matched, result)
-    return result
+    return ops.match_boxes(
+        boxes,
+        targets.boxes,
+        targets.count,
+        high=matcher.high_threshold,
+        low=matcher.low_threshold,
+        allow_low_quality=matcher.allow_low_quality_matches,
+    )
 
 
 class Samples(NamedTuple):
@@ -55,15 +55,21 @@ def sample(labels: Tensor, sampler: BalancedPositiveNegativeSampler) -> Samples:
     """
     slots = min(sampler.batch_size_per_image, labels.shape[1])
     most_positives = min(int(sampler.batch_size_per_image * sampler.positive_fraction), slots)
-    key = torch.rand(labels.shape, device=labels.device)  # in [0, 1): 2 .. 3 chosen positives, 1 .. 2 negatives
-    chance = torch.where(labels > 0, key, -1.0).topk(most_positives, dim=1)
-    positive = torch.zeros_like(key).scatter(1, chance.indices, (chance.values >= 0).to(key.dtype)) > 0
-    key = torch.where(positive, key + 2, torch.where(labels == 0, key + 1, 0.0))
+    wanted = torch.stack((labels > 0, labels == 0), dim=1)  # [N, 2, B]: positives, negatives
+    key = torch.rand(labels.shape, device=labels.device)
+    best = torch.where(wanted, key[:, None], -1.0).topk(slots, dim=2)
+    positives, negatives = (best.values >= 0).sum(dim=2).unbind(dim=1)
+    positives = positives.clamp(max=most_positives)
+    count = positives + negatives
     if on_host(labels):  # no arithmetic on slots that no image uses
-        most_positives = int(positive.sum(dim=1).max())
-        slots = int((key > 0).sum(dim=1).max().clamp(max=slots))
-    chosen = key.topk(slots, dim=1)
-    return Samples(chosen.indices, chosen.values > 0, most_positives)
+        most_positives = max(positives.tolist(), default=0)
+        used = min(slots, max(count.tolist(), default=0))
+    else:
+        used = slots
+    slot = torch.arange(used, device=labels.device)
+    # Of the 2 S candidates: the first positives, and the first negatives, which begin at S, in the slots after them.
+    place = torch.where(slot < positives[:, None], slot, slots + slot - positives[:, None])
+    return Samples(best.indices.flatten(1).gather(1, place), slot < count[:, None], most_positives)
 
 
 def gather(values: Tensor, index: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,7 +53,7 @@ def test_match(seed: int, objects: list[int], boxes: int, low_quality: bool, thr
     seed=st.integers(0, 10_000),
     positives=st.lists(st.integers(0, 30), min_size=1, max_size=3),
     negatives=st.integers(0, 60),
-    batch=st.integers(1, 64),
+    batch=st.integers(1, 120),
     fraction=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
 )
 def test_sample_counts(seed: int, positives: list[int], negatives: int, batch: int, fraction: float) -> None:
@@ -75,6 +77,19 @@ def test_sample_counts(seed: int, positives: list[int], negatives: int, batch: i
         assert int((picked == 0).sum()) == int(expected_negatives[i].sum())
         assert (picked[:count] > 0).all()
         assert count <= samples.positives
+    # Where the host must not look, slots are as many as can be used, and the same ones are.
+    torch.manual_seed(0)
+    trimmed = sample(labels, sampler)
+    torch.manual_seed(0)
+    with patch("fastmrcnn.models.sampling.on_host", lambda _: False):
+        fixed = sample(labels, sampler)
+    used = trimmed.valid.shape[1]
+    assert fixed.indices.shape == fixed.valid.shape == (len(labels), min(batch, 100))
+    assert fixed.positives == min(int(batch * fraction), 100)
+    assert ((fixed.indices >= 0) & (fixed.indices < 100)).all()
+    assert torch.equal(fixed.valid[:, :used], trimmed.valid)
+    assert not fixed.valid[:, used:].any()
+    assert torch.equal(fixed.indices[:, :used][trimmed.valid], trimmed.indices[trimmed.valid])
 
 
 def test_sample_is_uniform() -> None:
