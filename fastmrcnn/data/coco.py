@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastmrcnn.data.folder import ImageFolder
-from fastmrcnn.data.images import load_image
+from fastmrcnn.data.images import load_image, read_image
 from fastmrcnn.data.masks import rasterise, to_rle
 from fastmrcnn.data.records import (
     AnnotationChecker,
@@ -39,9 +39,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     Every record is checked on construction, so that training does not stop at hour ten; only the contents of image
     files are not. With `on_error="skip"` bad records are dropped (an image with all its annotations), counted by kind
-    in `skipped`, and summarised in one warning. An image file that turns out unreadable later is counted and warned
-    about once, and the next readable item is returned in its place: `target["image_id"]` says which. It stays in
-    `coco`. Each DataLoader worker counts for itself.
+    in `skipped`, and summarised in one warning. With `on_unreadable="skip"` an image file that turns out unreadable
+    later is counted and warned about once, and the next readable item is returned in its place: `target["image_id"]`
+    says which. It stays in `coco`. Each DataLoader worker counts for itself.
 
     Args:
         images: folder the records' `file_name`s are relative to.
@@ -49,6 +49,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         masks: read segmentations (polygons, RLE, compressed RLE); every annotation must then have one.
         keypoints: read keypoints.
         on_error: "raise" or "skip", for bad records. A file that is not COCO at all always raises.
+        on_unreadable: "raise" or "skip", for image files that turn out unreadable; by default as `on_error`.
+        as_bytes: images are uint8, as files hold them, instead of float32 in 0..1: less to compute and to move.
+        channels: of the images: 3 is RGB, for others see `load_image`.
         transforms: `(image, target) -> (image, target)`, applied last.
 
     Raises:
@@ -64,15 +67,25 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         masks: bool = True,
         keypoints: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
+        on_unreadable: Literal["raise", "skip"] | None = None,
+        as_bytes: bool = False,
+        channels: int = 3,
         transforms: Callable[[Tensor, Target], tuple[Tensor, Target]] | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}')
+        if on_unreadable not in ("raise", "skip", None):
+            raise ValueError(f'on_unreadable must be "raise", "skip" or None, got {on_unreadable!r}')
+        if channels < 1:
+            raise ValueError(f"channels must be positive, got {channels}")
         self.root = Path(images)
         self.file = Path(annotations)
         self.masks = masks
         self.keypoints = keypoints
         self.on_error = on_error
+        self.on_unreadable = on_unreadable or on_error
+        self.as_bytes = as_bytes
+        self.channels = channels
         self.transforms = transforms
         if not self.root.is_dir():
             raise MissingFile(f"{self.root}: no such folder of images")
@@ -176,7 +189,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return self._sizes[self.image_ids[i]]
 
     def __getitem__(self, i: int) -> tuple[Tensor, Target]:
-        """Image and target of item i, or with `on_error="skip"` of the next readable one.
+        """Image and target of item i, or with `on_unreadable="skip"` of the next readable one.
 
         Raises:
             IndexError: `i` is outside -len..len-1.
@@ -189,14 +202,16 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return (image, target) if self.transforms is None else self.transforms(image, target)
 
     def _read(self, i: int) -> tuple[Tensor, int]:
+        read = read_image if self.as_bytes else load_image
         for candidate in [*range(i, len(self)), *range(i)]:
             if candidate in self._unreadable:
                 continue
             try:
-                return load_image(self.image_path(candidate), size=self.image_size(candidate)), candidate
+                path, size = self.image_path(candidate), self.image_size(candidate)
+                return read(path, size=size, channels=self.channels), candidate
             except DataError as error:
                 message = f"{self.file}: image {self.image_ids[candidate]}: {error}"
-                if self.on_error == "raise":
+                if self.on_unreadable == "raise":
                     raise type(error)(message) from error
                 self._unreadable.add(candidate)
                 self.skipped["unreadable image"] += 1

@@ -8,6 +8,7 @@ from typing import IO, Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -21,6 +22,9 @@ MAX_PIXELS = 178_956_970
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif")
 )
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_NPY = b"\x93NUMPY"
 
 _T = Image.Transpose
 # EXIF orientation -> the transposition that puts the stored pixels upright.
@@ -36,8 +40,8 @@ _UPRIGHT = {
 _INVERSE = {_T.ROTATE_90: _T.ROTATE_270, _T.ROTATE_270: _T.ROTATE_90}
 
 
-def load_image(source: ImageSource, *, size: tuple[int, int] | None = None) -> Tensor:
-    """Read an image as float32 [3,H,W] in 0..1, RGB.
+def load_image(source: ImageSource, *, size: tuple[int, int] | None = None, channels: int = 3) -> Tensor:
+    """Read an image as float32 [channels, H, W] in 0..1, RGB if there are 3.
 
     Gray images repeat their channel. An alpha channel is dropped, not composited: the colour stored under a
     transparent pixel is what comes back. 16-bit grayscale is divided by 65535, all else ends up 8-bit and is divided
@@ -46,19 +50,44 @@ def load_image(source: ImageSource, *, size: tuple[int, int] | None = None) -> T
     The EXIF orientation is applied. With `size` = (height, width), the size the annotations were made for, it is
     applied if that gives `size`, and left alone if only the stored pixels have that size.
 
+    Args:
+        source: path or stream of a file that Pillow reads, or of a NumPy array (`.npy`), uint8 [H, W, channels].
+        size: see above.
+        channels: 1 for gray, 3 for RGB, 4 for RGB and alpha (1 where a file has none); arrays may have any number.
+
     Raises:
         MissingImage: there is no such file.
-        DataError: it is not an image, is truncated, has too many pixels, or does not have `size`.
+        DataError: it is not an image, is truncated, has too many pixels, or does not have `size` or `channels`.
     """
+    return torch.from_numpy(_planes(_read(source, size, channels)))
+
+
+def read_image(source: ImageSource, *, size: tuple[int, int] | None = None, channels: int = 3) -> Tensor:
+    """Read an image as uint8 [channels, H, W]: `load_image` times 255, rounded, in a fraction of its time.
+
+    The channels of a pixel lie side by side in memory, as files hold them.
+
+    Raises:
+        MissingImage, DataError: see `load_image`.
+    """
+    values = _read(source, size, channels)
+    if values.dtype != np.uint8:
+        values = (values * np.float32(255)).round().astype(np.uint8)
+    return torch.from_numpy(values).permute(2, 0, 1)
+
+
+def _read(source: ImageSource, size: tuple[int, int] | None, channels: int) -> NDArray[Any]:
+    """An image upright as `to_values` has it."""
     name = _name_of(source)
     try:
         # From memory: given a path, Pillow maps uncompressed TIFFs and then garbles those that are to be turned.
-        file = io.BytesIO(Path(source).read_bytes()) if isinstance(source, str | os.PathLike) else source
-        with Image.open(file) as image:
+        content = Path(source).read_bytes() if isinstance(source, str | os.PathLike) else source.read()
+        if content.startswith(_NPY):
+            return _array(content, size, channels, name)
+        with Image.open(io.BytesIO(content)) as image:
             tag = _orientation(image)
             image.load()
-            upright = _orient(image, tag, size, name)
-            pixels = to_array(upright, name)
+            return to_values(_orient(image, tag, size, name), name, channels)
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -69,9 +98,24 @@ def load_image(source: ImageSource, *, size: tuple[int, int] | None = None) -> T
     except Exception as error:
         detail = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
-            f"{name}: not a readable image ({detail}); accepted is any complete file Pillow opens"
+            f"{name}: not a readable image ({detail}); accepted is any complete file Pillow opens, or a .npy array"
         ) from error
-    return torch.from_numpy(pixels)
+
+
+def _array(content: bytes, size: tuple[int, int] | None, channels: int, name: str) -> NDArray[np.uint8]:
+    """The array of a `.npy` file, [H, W, channels]."""
+    array = np.load(io.BytesIO(content), allow_pickle=False)
+    pixels = array[..., None] if array.ndim == 2 else array
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != channels or not pixels.size:
+        raise DataError(
+            f"{name}: the array is {array.dtype} {list(array.shape)}; accepted is uint8 [height, width, {channels}]"
+        )
+    if size is not None and pixels.shape[:2] != tuple(size):
+        raise DataError(
+            f"{name}: the image is {pixels.shape[1]}x{pixels.shape[0]} (width x height), "
+            f"but its record declares {size[1]}x{size[0]}; they must be equal"
+        )
+    return pixels
 
 
 def image_files(path: str | os.PathLike[str]) -> list[Path]:
@@ -134,8 +178,15 @@ def _orient(image: Image.Image, tag: int, size: tuple[int, int] | None, name: st
     )
 
 
-def to_array(image: Image.Image, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+def to_array(image: Image.Image, name: str) -> NDArray[np.float32]:
     """Float32 [3,H,W] in 0..1, C-contiguous, of a Pillow image as it is stored; `name` is for messages."""
+    return _planes(to_values(image, name, 3))
+
+
+def to_values(image: Image.Image, name: str, channels: int) -> NDArray[Any]:
+    """A Pillow image as it is stored, [H, W, channels]: uint8, or float32 in 0..1 if it has more than 8 bits."""
+    if channels not in _MODES:
+        raise DataError(f"{name}: image files are read with 1, 3 or 4 channels; {channels} need a .npy array")
     if image.mode.startswith("I") or image.mode == "F":
         gray = np.asarray(image)
         top = 1.0 if image.mode == "F" else 65535.0
@@ -145,9 +196,18 @@ def to_array(image: Image.Image, name: str) -> np.ndarray[Any, np.dtype[np.float
                 f"{name}: values {gray.min()} to {gray.max()} in Pillow mode {image.mode}; "
                 f"accepted are 0 to {top:g} in this mode"
             )
-        scaled = gray.astype(np.float32) / np.float32(top)
-        return np.repeat(scaled[None], 3, axis=0)
+        values = np.repeat((gray.astype(np.float32) / np.float32(top))[..., None], channels, axis=2)
+        values[..., 3:] = 1  # opaque
+        return values
     if image.mode in ("P", "PA"):  # through RGBA: palettes with transparency otherwise warn on every read
         image = image.convert("RGBA")
-    rgb = np.asarray(image.convert("RGB"))
-    return np.ascontiguousarray(rgb.transpose(2, 0, 1)).astype(np.float32) / np.float32(255)
+    if image.mode != _MODES[channels]:
+        image = image.convert(_MODES[channels])
+    values = np.array(image)
+    return values[..., None] if channels == 1 else values
+
+
+def _planes(values: NDArray[Any]) -> NDArray[np.float32]:
+    """What `to_values` returns as float32 [channels, H, W] in 0..1, C-contiguous."""
+    planes = np.ascontiguousarray(values.transpose(2, 0, 1))
+    return planes if planes.dtype == np.float32 else planes.astype(np.float32) / np.float32(255)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
 from fastmrcnn_kernels.reference.rle import from_text
@@ -51,12 +52,37 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     return {"size": [height, width], "counts": segmentation["counts"]}
 
 
-def rasterise(segmentations: Sequence[Any], height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Checked segmentations as masks, uint8 [G,H,W] of 0 and 1."""
-    if not segmentations:
-        return np.zeros((0, height, width), np.uint8)
-    stacked = mask_utils.decode([to_rle(segmentation, height, width) for segmentation in segmentations])
-    return np.ascontiguousarray(stacked.transpose(2, 0, 1))
+def rasterise(segmentations: Sequence[Any], height: int, width: int) -> NDArray[np.uint8]:
+    """Checked segmentations as masks, uint8 [G,H,W] of 0 and 1: what pycocotools' `decode` makes of them.
+
+    That writes every pixel of every mask, column by column, and rows of it are gathered from there. Here each piece of
+    a column that is inside switches one bit on, in the row where it begins, and off in the row after it; sums of rows
+    from the top down then are the rows of the mask, 32 pixels per word.
+    """
+    rles = [to_rle(segmentation, height, width)["counts"] for segmentation in segmentations]
+    runs, owner, _ = from_text([counts.encode() if isinstance(counts, str) else counts for counts in rles])
+    number = np.arange(len(runs)) - np.searchsorted(owner, owner)
+    inside = (number % 2 == 1) & (runs > 0)
+    # Down the columns of all masks, as if they were one image: each covers height x width pixels.
+    ends = np.cumsum(runs)[inside]
+    starts = ends - runs[inside]
+    columns = starts // height
+    pieces = (ends - 1) // height - columns + 1
+    if (pieces > 1).any():  # runs that go on at the top of the next column
+        nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        columns = np.repeat(columns, pieces) + nth
+        starts, ends = np.repeat(starts, pieces), np.repeat(ends, pieces)
+    top, bottom = np.maximum(starts - columns * height, 0), np.minimum(ends - columns * height, height)
+
+    mask, x = np.divmod(columns, width)
+    words = np.zeros((len(rles), height + 1, -(-width // 32)), np.uint32)
+    bit = np.left_shift(np.uint32(1), (x % 32).astype(np.uint32))
+    first = mask * (height + 1) * words.shape[2] + x // 32
+    np.add.at(words.reshape(-1), first + top * words.shape[2], bit)
+    np.subtract.at(words.reshape(-1), first + bottom * words.shape[2], bit)
+    np.cumsum(words, axis=1, dtype=np.uint32, out=words)
+    octets = words[:, :height].astype("<u4").view(np.uint8)
+    return np.unpackbits(octets, axis=-1, count=width, bitorder="little")
 
 
 def total_pixels(counts: Sequence[str | bytes]) -> list[int]:

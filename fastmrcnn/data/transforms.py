@@ -1,9 +1,14 @@
-"""The one augmentation of the published recipes that torchvision.transforms.v2 cannot do alone."""
+"""Augmentations of an image and its target, where torchvision.transforms.v2 cannot do them alone.
+
+Each is called with `(image, target)` and returns them; `torchvision.transforms.v2.Compose` applies one after the other.
+Randomness comes from torch's global generator, which seeds and DataLoader workers govern.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxFormat
 
@@ -26,8 +31,7 @@ class HorizontalFlip:
 
     transforms.v2 flips images, boxes and masks, and does so here; it knows neither visibility nor that a mirrored left
     hand is a right hand. x becomes W - x for keypoints as for boxes (torchvision's detection reference); keypoints with
-    visibility 0 become (0, 0, 0). Randomness comes from torch's global generator, which seeds and DataLoader
-    workers govern. The given target is not modified.
+    visibility 0 become (0, 0, 0). The given target is not modified.
 
     Args:
         p: probability of a flip, 0..1.
@@ -72,3 +76,26 @@ class HorizontalFlip:
         keypoints[..., 0] = width - keypoints[..., 0]
         keypoints[keypoints[..., 2] == 0] = 0
         return keypoints
+
+
+class PhotometricDistort:
+    """Brightness, contrast, saturation, hue and the order of channels, each changed with probability `p`.
+
+    torchvision's `RandomPhotometricDistort` with its ranges, those of SSD (Liu et al., 2016). Images of other than 3
+    channels, which have neither saturation nor hue, are left as they are; so is every target.
+
+    Args:
+        p: probability of each change, 0..1.
+
+    Raises:
+        ValueError: `p` is not in 0..1.
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        if not 0 <= p <= 1:
+            raise ValueError(f"p must be a probability in 0..1, got {p!r}")
+        self.distort = v2.RandomPhotometricDistort(p=p)
+
+    def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        """Image [C,H,W], uint8 or float in 0..1, with other colours, and the target itself."""
+        return (self.distort(image) if image.shape[-3] == 3 else image), target

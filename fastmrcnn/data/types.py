@@ -23,7 +23,7 @@ class MissingImage(MissingFile):
 class DetectionDataset(Protocol):
     """What training and evaluation need from a dataset; `CocoDetection` and `Shapes` have it.
 
-    `dataset[i]` is `(image, target)`: image float32 [3,H,W] in 0..1, RGB; target a dict of
+    `dataset[i]` is `(image, target)`: image [3,H,W], RGB, float32 in 0..1, or uint8; target a dict of
 
     - `boxes` float32 [G,4]: x1, y1, x2, y2 in pixels
     - `labels` int64 [G] in 1..num_classes-1 (0 is the background)

@@ -81,6 +81,36 @@ def test_image_without_objects(tmp_path, coco):
     assert target["masks"].dtype == torch.uint8
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_as_bytes_and_of_other_channels(tmp_path, coco, channels):
+    options = {"keypoints": True, "channels": channels}
+    floats = CocoDetection(tmp_path / "images", write(tmp_path, coco), **options)
+    as_bytes = CocoDetection(tmp_path / "images", write(tmp_path, coco), as_bytes=True, **options)
+    for (image, target), (pixels, same) in zip(floats, as_bytes, strict=True):
+        assert (image.dtype, pixels.dtype, pixels.shape[0]) == (torch.float32, torch.uint8, channels)
+        assert torch.equal(pixels, (image * 255).round().byte())
+        assert all(torch.equal(torch.as_tensor(target[key]), torch.as_tensor(same[key])) for key in target)
+    with pytest.raises(ValueError, match="channels must be positive"):
+        CocoDetection(tmp_path / "images", write(tmp_path, coco), channels=0)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_unreadable_images_have_a_rule_of_their_own(tmp_path, coco, on_error):
+    def build(on_unreadable):
+        file = write(tmp_path, coco)
+        return CocoDetection(tmp_path / "images", file, on_error=on_error, on_unreadable=on_unreadable)
+
+    lenient, strict, default = build("skip"), build("raise"), build(None)
+    (tmp_path / "images" / "one.png").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"image 5: .*one\.png: not a readable image"):
+        strict[0]
+    with pytest.warns(UserWarning, match=r"image 5: .*one\.png"):
+        assert lenient[0][1]["image_id"] == 9
+    assert default.on_unreadable == on_error
+    with pytest.raises(ValueError, match="on_unreadable must be"):
+        build("never")
+
+
 def test_attributes(tmp_path, coco):
     dataset = CocoDetection(str(tmp_path / "images"), str(write(tmp_path, coco)), keypoints=True)
     assert (dataset.category_ids, dataset.class_names, dataset.num_classes) == ([3, 7], ["car", "hand"], 3)
@@ -158,21 +188,6 @@ def test_horizontal_flip(tmp_path, coco):
         HorizontalFlip()(image, target)
     with pytest.raises(ValueError, match="p must be"):
         HorizontalFlip(1.5)
-
-
-def test_flip_follows_torchs_seed():
-    flip, image = HorizontalFlip(0.5), torch.arange(2.0).expand(3, 1, 2)
-
-    def draws():
-        torch.manual_seed(3)
-        return [flip(image, {"boxes": torch.zeros(0, 4)})[0][0, 0, 0].item() for _ in range(40)]
-
-    assert draws() == draws()
-    assert 5 < sum(draws()) < 35
-
-
-def test_left_right_pairs():
-    assert left_right_pairs(["nose", "right_eye", "left_eye", "left_ear", "tail"]) == [(2, 1)]
 
 
 def real(*parts):
