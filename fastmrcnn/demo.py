@@ -80,7 +80,7 @@ def training(config: DemoConfig) -> TrainConfig:
             box_samples=32,
             detections_per_image=20,
         ),
-        optim=OptimConfig(lr=0.01, warmup_steps=steps // 2, milestones=[config.epochs - 1], clip_norm=5.0),
+        optim=OptimConfig(lr=0.01, lr_batch=4, warmup_steps=steps // 2, milestones=[config.epochs - 1], clip_norm=5.0),
         output=config.output,
         epochs=config.epochs,
         batch_size=4,

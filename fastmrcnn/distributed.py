@@ -1,4 +1,4 @@
-"""The little that evaluation over several processes needs; for one process, every function is for free.
+"""The little that training and evaluation over several processes need; for one process, every function is for free.
 
 The processes are torchrun's, one per device: `torchrun --nproc-per-node 8 -m fastmrcnn evaluate ...`.
 """
@@ -10,8 +10,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
-__all__ = ["all_gather", "broadcast", "process_group", "rank", "world_size"]
+__all__ = ["all_gather", "broadcast", "process_group", "rank", "share_buffers", "world_size"]
 
 T = TypeVar("T")
 
@@ -44,6 +46,13 @@ def broadcast(value: T) -> T:
     return cast(T, values[0])
 
 
+def share_buffers(module: nn.Module) -> None:
+    """Give `module` in every process the buffers of rank 0, such as the statistics of batch norms."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device | str) -> Iterator[torch.device]:
     """Join the other processes that torchrun started, for the duration of the block.
@@ -71,13 +80,27 @@ def process_group(device: torch.device | str) -> Iterator[torch.device]:
             raise ValueError(f"device: {os.environ['LOCAL_WORLD_SIZE']} processes need as many GPUs, there are {count}")
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl", device_id=chosen)
+        _join("nccl", device_id=chosen)
     else:
-        dist.init_process_group("gloo")
+        _join("gloo")
     try:
         yield chosen
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str, **options: Any) -> None:
+    """Make a process group with the others.
+
+    Processes that torchrun starts again, after one died, meet in the store of those before them, and now and then find
+    the addresses of the dead. So each attempt gets a part of the store of its own; on several nodes, whose attempts
+    torchrun does not count together, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 does it.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0" and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        store, number, processes = next(rendezvous("env://"))
+        options |= {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": number, "world_size": processes}
+    dist.init_process_group(backend, **options)
 
 
 def _grouped() -> bool:

@@ -1,281 +1,319 @@
 """Train a detector: read top to bottom.
 
-    python -m fastmrcnn.train --config configs/nuclei_small.yaml
-    fastmrcnn train --data.train_images photos --data.train_annotations photos.json
+    python -m fastmrcnn.train --recipe small --data.train_images photos --data.train_annotations photos.json
+    torchrun --nproc-per-node 8 -m fastmrcnn.train --config configs/nuclei.yaml --resume auto
 
-`run` builds datasets and model from a `TrainConfig`, `train` is the loop: SGD with a linear warm-up and a step
-schedule, average precision after epochs, checkpoints `last.pt` and `best.pt`, numbers in `metrics.jsonl`, and in
-`config.json` what to pass as `--config` to do it again.
+`run` makes datasets of files, `train` trains on any datasets, `Training` is the loop: steps that never wait for the
+device, readings of their losses every so often, checkpoints, and average precision after epochs.  The rooms of
+`fastmrcnn.training` hold the options, a step, checkpoints, and what is written down.  A run leaves in its folder
+
+    config.json    what to pass as --config to do it again
+    metrics.jsonl  losses, speed and average precision
+    last.pt        where it stands: --resume auto goes on from there, after a crash as after the end
+    best.pt        the best model so far
 """
 
 from __future__ import annotations
 
 import json
 import math
-import random
+import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from fastmrcnn.checkpoints import ModelInfo, load_checkpoint, save_checkpoint
-from fastmrcnn.coco_eval import CocoMetrics
-from fastmrcnn.data import CocoDetection, DetectionDataset, HorizontalFlip, collate, left_right_pairs
+from fastmrcnn.checkpoints import ModelInfo, save_checkpoint
+from fastmrcnn.checkpoints.initial import load_weights
+from fastmrcnn.data import CocoDetection, DetectionDataset
+from fastmrcnn.data.items import TrainingItems
+from fastmrcnn.data.loading import Prefetcher, training_loader
+from fastmrcnn.data.sampling import TrainingBatches, repeat_factors
+from fastmrcnn.distributed import all_gather, process_group, rank, share_buffers, world_size
 from fastmrcnn.evaluate import evaluate
 from fastmrcnn.files import write_json
 from fastmrcnn.inference import default_device
-from fastmrcnn.models.config import ModelConfig, build_model
-from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
+from fastmrcnn.models.config import build_model
+from fastmrcnn.training.augmentation import transforms, view
+from fastmrcnn.training.best import Best
+from fastmrcnn.training.config import AugmentConfig, DataConfig, LogConfig, OptimConfig, TrainConfig
+from fastmrcnn.training.dashboards import check_log, validation_pictures
+from fastmrcnn.training.failures import EXIT_STATUS, describe_nonfinite, explaining_memory, termination
+from fastmrcnn.training.optim import (
+    WeightAverage,
+    build_optimizer,
+    explained,
+    learning_rate,
+    schedule_factor,
+    stretched,
+)
+from fastmrcnn.training.progress import Progress, summary_line
+from fastmrcnn.training.readings import Readings
+from fastmrcnn.training.records import Records
+from fastmrcnn.training.speed import Speedometer
+from fastmrcnn.training.state import Progressed, load_state, save_state
+from fastmrcnn.training.step import Learner, seed_all
 
-
-@dataclass
-class DataConfig:
-    """Images and COCO annotations.
-
-    Args:
-        train_images: folder of the training images.
-        train_annotations: their COCO annotation file (JSON).
-        val_images: folder of the validation images; by default nothing is evaluated.
-        val_annotations: their COCO annotation file (JSON).
-        flip: probability of a horizontal flip.
-        on_error: raise stops at bad images and annotations; skip leaves them out with a counted warning.
-        workers: processes that load images.
-    """
-
-    train_images: Path
-    train_annotations: Path
-    val_images: Path | None = None
-    val_annotations: Path | None = None
-    flip: float = 0.5
-    on_error: str = "raise"
-    workers: int = 2
-
-
-@dataclass
-class OptimConfig:
-    """Stochastic gradient descent.
-
-    Args:
-        lr: learning rate after warm-up; torchvision's rule is 0.02 for 16 images per step, in proportion.
-        momentum: of SGD.
-        weight_decay: L2 penalty; not on norms and biases.
-        warmup_steps: steps in which the rate rises linearly from a thousandth.
-        milestones: epochs after which the rate is multiplied by gamma.
-        gamma: see milestones.
-        clip_norm: bound of the gradient norm; by default none.
-    """
-
-    lr: float = 0.005
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    warmup_steps: int = 500
-    milestones: list[int] = field(default_factory=lambda: [16, 22])
-    gamma: float = 0.1
-    clip_norm: float | None = None
-
-
-@dataclass
-class TrainConfig:
-    """A training run.
-
-    Args:
-        data: images and annotations.
-        model: the network.
-        optim: how it learns.
-        output: folder for checkpoints and metrics.
-        epochs: passes over the training images.
-        batch_size: images per step.
-        evaluate_every: epochs between evaluations; the last epoch always is evaluated.
-        max_detections: detections per image that count in evaluation; by default COCO's 100.
-        device: such as cuda or cpu; by default cuda if there is one.
-        seed: of weights, order of images, augmentation and sampling.
-        log_every: steps between readings of the losses; each waits for the device.
-        resume: checkpoint to continue from, such as OUTPUT/last.pt.
-    """
-
-    data: DataConfig
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    output: Path = Path("runs/train")
-    epochs: int = 26
-    batch_size: int = 4
-    evaluate_every: int = 1
-    max_detections: int | None = None
-    device: str | None = None
-    seed: int = 0
-    log_every: int = 10
-    resume: Path | None = None
+__all__ = ["AugmentConfig", "DataConfig", "LogConfig", "OptimConfig", "TrainConfig", "run", "train"]
 
 
 def run(config: TrainConfig) -> Path:
-    """Train on COCO data as configured; returns the path of the best checkpoint."""
+    """Train on COCO data as configured; returns the path of the best checkpoint.
+
+    Raises:
+        ValueError: the output folder holds a run that is not to be continued, or a setting is impossible.
+        DataError: something is wrong with the images or annotations.
+    """
+    last = config.output / "last.pt"
+    if config.resume is None and last.exists():
+        raise ValueError(f"output: {last} is of an earlier run: go on with it by resume=auto, or choose another folder")
     data, wanted = config.data, config.model.name
-    options: dict[str, Any] = {"masks": "mask" in wanted, "keypoints": "keypoint" in wanted, "on_error": data.on_error}
-    train_set = CocoDetection(data.train_images, data.train_annotations, **options)
-    pairs = left_right_pairs(train_set.keypoint_names) if options["keypoints"] else None
-    train_set.transforms = HorizontalFlip(data.flip, pairs)
+    options: dict[str, Any] = {
+        "masks": "mask" in wanted,
+        "keypoints": "keypoint" in wanted,
+        "channels": config.model.channels,
+        "on_error": data.on_error,
+        "on_unreadable": data.on_unreadable,
+    }
+    train_set = CocoDetection(data.train_images, data.train_annotations, as_bytes=True, **options)
     val_set = None
     if data.val_annotations is not None:
         val_set = CocoDetection(data.val_images or data.train_images, data.val_annotations, **options)
-    write_json(config.output / "config.json", json.loads(json.dumps(asdict(config), default=str)))
     return train(config, train_set, val_set)
 
 
-def train(config: TrainConfig, train_set: DetectionDataset, val_set: DetectionDataset | None) -> Path:
-    """Train on `train_set`, measure on `val_set`; returns the path of the best (without `val_set`, last) checkpoint."""
-    device = torch.device(config.device) if config.device else default_device()
-    random.seed(config.seed)
-    torch.manual_seed(config.seed)
-    info = ModelInfo(config.model, train_set.class_names, train_set.category_ids, train_set.num_keypoints)
-    model = build_model(config.model, train_set.num_classes, train_set.num_keypoints).to(device)
-    optimizer = torch.optim.SGD(parameter_groups(model, config.optim), config.optim.lr, config.optim.momentum)
-    loader: DataLoader[Any] = DataLoader(
-        cast(Any, train_set),  # DataLoader asks for its own base class and needs only len() and [i]
-        config.batch_size,
-        shuffle=True,
-        num_workers=config.data.workers,
-        collate_fn=collate,
-        drop_last=len(train_set) >= config.batch_size,
-        persistent_workers=config.data.workers > 0,
-        pin_memory=device.type == "cuda",
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config.optim, len(loader)))
+def train(config: TrainConfig, train_set: DetectionDataset, val_set: DetectionDataset | None = None) -> Path:
+    """Train on `train_set`, measure on `val_set`; returns the path of the best (without `val_set`, last) checkpoint.
 
-    first_epoch, best = 0, -math.inf
-    if config.resume is not None:
-        first_epoch, best = resume(config.resume, model, optimizer, schedule)
-    config.output.mkdir(parents=True, exist_ok=True)
-    print(f"{len(train_set)} images, {train_set.num_classes - 1} classes, {config.epochs} epochs on {device}")
-
-    last_path, best_path = config.output / "last.pt", config.output / "best.pt"
-    for epoch in range(first_epoch, config.epochs):
-        started = time.monotonic()
-        losses = train_epoch(model, loader, optimizer, schedule, config, epoch, device)
-        record: dict[str, Any] = {"epoch": epoch + 1, "lr": schedule.get_last_lr()[0], "losses": losses}
-        record["seconds"] = time.monotonic() - started
-
-        improved = val_set is None
-        if val_set is not None and ((epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs):
-            metrics = evaluate(model, val_set, max_detections=config.max_detections, workers=config.data.workers)
-            record["metrics"] = {name: value.as_dict() for name, value in metrics.items()}
-            print(summary_line(epoch + 1, metrics))
-            score = main_metric(metrics)
-            improved, best = score > best or not best_path.exists(), max(score, best)
-
-        state = {
-            "epoch": epoch + 1,
-            "best": best,
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "rng": torch.get_rng_state(),
-        }
-        save_checkpoint(last_path, model, info, state)
-        if improved:
-            save_checkpoint(best_path, model, info)
-        with open(config.output / "metrics.jsonl", "a") as log:
-            log.write(json.dumps(record) + "\n")
-    print(f"best checkpoint: {best_path}")
-    return best_path
+    Under torchrun each process takes its share of every batch, and of the evaluation, on a device of its own.
+    """
+    check_log(config.log)
+    with process_group(config.device or default_device()) as device, termination() as terminated:
+        return Training(config, train_set, val_set, device, terminated).run()
 
 
-def train_epoch(
-    model: GeneralizedRCNN,
-    loader: DataLoader[Any],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-    config: TrainConfig,
-    epoch: int,
-    device: torch.device,
-) -> dict[str, float]:
-    """One pass over the training images; returns the mean of each loss over the steps that were read."""
-    model.train()
-    totals: dict[str, float] = {}
-    read = 0
-    bar = tqdm(loader, desc=f"epoch {epoch + 1}/{config.epochs}", unit="step", mininterval=1.0)
-    for step, (images, targets) in enumerate(bar):
-        on_device = [image.to(device, non_blocking=True) for image in images]
-        losses = model(on_device, [move(target, device) for target in targets])
-        total = torch.stack(list(losses.values())).sum()
+class Training:
+    """A run: what learns, what it learns from, and how far it has come.
 
-        optimizer.zero_grad()
-        total.backward()
-        if config.optim.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
-        optimizer.step()
-        schedule.step()
+    Args:
+        config: all options.
+        train_set: what is learned.
+        val_set: what is measured, or None.
+        device: of this process.
+        terminated: whether this process was asked to end.
+    """
 
-        if step % config.log_every == 0 or step + 1 == len(loader):
-            values: dict[str, float] = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-            if not all(math.isfinite(v) for v in values.values()):
-                ids = [target["image_id"] for target in targets]
-                raise FloatingPointError(
-                    f"epoch {epoch + 1}, step {step}: a loss is not finite ({values}); seen at images {ids}. "
-                    "Lower optim.lr, lengthen optim.warmup_steps or set optim.clip_norm."
+    def __init__(
+        self,
+        config: TrainConfig,
+        train_set: DetectionDataset,
+        val_set: DetectionDataset | None,
+        device: torch.device,
+        terminated: Callable[[], bool],
+    ) -> None:
+        self.config, self.val_set, self.device, self.terminated = config, val_set, device, terminated
+        self.last_path, self.best_path = config.output / "last.pt", config.output / "best.pt"
+        data, optim = config.data, config.optim
+
+        threshold = data.repeat_threshold
+        self.batches = TrainingBatches(
+            train_set,
+            config.batch_size,
+            seed=config.seed,
+            rank=rank(),
+            world_size=world_size(),
+            repeats=None if threshold is None else repeat_factors(train_set, threshold),
+            aspect_groups=data.aspect_groups,
+        )
+        steps_per_epoch = len(self.batches) // optim.accumulate
+        if not steps_per_epoch:
+            raise ValueError(
+                f"optim.accumulate={optim.accumulate}: {len(train_set)} images make {len(self.batches)} batches only"
+            )
+        images_per_step = config.batch_size * world_size() * optim.accumulate
+        self.progressed = Progressed(images_per_step, steps_per_epoch)
+        steps, milestones = stretched(config, images_per_step)
+        self.steps = steps or config.epochs * steps_per_epoch
+        self.epochs = math.ceil(self.steps / steps_per_epoch)
+        self.lr = learning_rate(optim, images_per_step)
+        optim = replace(optim, milestones=milestones)
+        self.factor = schedule_factor(optim, self.steps, steps_per_epoch, in_steps=steps is not None)
+
+        seed_all(config.seed)
+        model = build_model(config.model, train_set.num_classes, train_set.num_keypoints)
+        self.info = ModelInfo(config.model, train_set.class_names, train_set.category_ids, train_set.num_keypoints)
+        self.say(
+            f"{len(train_set)} images, {train_set.num_classes - 1} classes; {self.epochs} epochs, {self.steps} steps "
+            f"of {images_per_step} images on {world_size()} x {device}\n{explained(config, images_per_step)}"
+        )
+        if config.init is not None:
+            self.say(str(load_weights(model, config.init)))
+        self.model = model.to(device=device, memory_format=torch.channels_last).train()
+        average = None if optim.ema is None else WeightAverage(model, optim.ema)
+        optimizer = build_optimizer(model, optim, self.lr, device)
+        self.learner = Learner(model, optimizer, optim, config.precision, average)
+        self.best = Best(config.patience)
+
+        items = TrainingItems(
+            train_set, config.seed, transforms(config.augment, train_set), view(config.augment, model)
+        )
+        self.loader = training_loader(items, self.batches, workers=data.workers, device=device)
+        self.speed = Speedometer(device)
+        self.readings: Readings | None = None
+        self.finish: Callable[[], None] | None = None
+        self.unsaved: dict[Path, OSError] = {}
+
+    def run(self) -> Path:
+        """Go on until the last step, or until evaluations do not improve any more."""
+        progressed, options = self.progressed, json.loads(json.dumps(asdict(self.config), default=str))
+        parts = {"learner": self.learner, "best": self.best}
+        resumed = self.last_path if self.config.resume == "auto" else self.config.resume and Path(self.config.resume)
+        state: dict[str, Any] = {}
+        if resumed and (resumed.exists() or self.config.resume != "auto"):
+            state = load_state(resumed, self.model, self.info, progressed, parts)
+            self.say(f"going on from {resumed}: step {progressed.step} of {self.steps}")
+        if rank() == 0:
+            write_json(self.config.output / "config.json", options)
+        done = (progressed.step, progressed.epoch)
+        with Records(self.config.output, self.config.log, options, *done) as self.records:
+            if state:
+                self.records.load_state_dict(state["records"])
+            while progressed.epoch < self.epochs and not self.best.exhausted():
+                self.train_epoch()
+                self.end_epoch()
+        for path, error in self.unsaved.items():
+            raise OSError(f"{path} could not be written: {error}") from error
+        self.say(f"best checkpoint: {self.best_path}")
+        return self.best_path
+
+    def train_epoch(self) -> None:
+        """The steps of an epoch that have not been done yet."""
+        config, progressed, parts = self.config, self.progressed, self.config.optim.accumulate
+        first = progressed.step_of_epoch
+        end = min(self.steps, (progressed.epoch + 1) * progressed.steps_per_epoch)
+        self.batches.set_position(progressed.epoch, first * parts)
+        feed = self.speed.watch(Prefetcher(self.loader, self.device))
+        title = f"epoch {progressed.epoch + 1}/{self.epochs}"
+        with Progress(title, end - progressed.step + first, first) as progress:
+            while progressed.step < end:
+                started = time.monotonic()
+                batches = list(islice(feed, parts))
+                self.learner.set_learning_rate(self.lr * self.factor(progressed.step))
+                with explaining_memory(batches, config.precision):
+                    values = self.learner.learn(batches, (config.seed, progressed.step))
+                progressed.step += 1
+                progressed.seconds += time.monotonic() - started
+                self.finish_reading()  # what was begun a step ago: by now it is here
+                self.note(values, [image_id for batch in batches for image_id in batch.image_ids])
+                progress.update()
+
+                due = progressed.step % config.log.every == 0 or progressed.step == end
+                if due:
+                    self.begin_reading(progress)
+                asked = self.asked_to_end(due)
+                if asked or (config.checkpoint_every and progressed.step % config.checkpoint_every == 0):
+                    self.save_last()
+                if asked:
+                    self.say(f"asked to end: {self.last_path} is of step {progressed.step}; resume=auto goes on")
+                    raise SystemExit(EXIT_STATUS)
+            self.finish_reading()
+
+    def end_epoch(self) -> None:
+        """Measure, note, and save."""
+        config, progressed, metrics, pictures = self.config, self.progressed, None, None
+        epoch, learner = progressed.epoch + 1, self.learner
+        improved = self.val_set is None
+        with learner.averaged():
+            if self.val_set is not None and (epoch % config.evaluate_every == 0 or epoch == self.epochs):
+                share_buffers(self.model)
+                metrics = evaluate(
+                    self.model,
+                    self.val_set,
+                    batch_size=config.batch_size,
+                    max_detections=config.max_detections,
+                    workers=config.data.workers,
                 )
-            read += 1
-            for name, value in values.items():
-                totals[name] = totals.get(name, 0.0) + value
-            shown = {name.removeprefix("loss_"): f"{value:.3f}" for name, value in values.items()}
-            bar.set_postfix(shown | {"lr": f"{schedule.get_last_lr()[0]:.2g}"})
-    return {name: value / read for name, value in totals.items()}
+                self.say(summary_line(epoch, metrics))
+                if self.records.pictures:
+                    pictures = validation_pictures(self.model, self.val_set, self.records.pictures)
+                improved = self.best.improved(metrics)
+            if improved:
+                self.save(self.best_path, lambda: save_checkpoint(self.best_path, self.model, self.info))
+        lr = self.lr * self.factor(progressed.step - 1)
+        self.records.write_epoch(epoch, lr, progressed.seconds, metrics, pictures)
+        progressed.end_epoch()
+        self.save_last()
 
+    def note(self, values: dict[str, Tensor], image_ids: list[int]) -> None:
+        """Put the losses of a step beside those before it, on the device."""
+        if self.readings is None:
+            self.readings = Readings(list(values), self.config.log.every, self.device)
+        self.readings.add(self.progressed.step, values, image_ids)
+        self.speed.count(len(image_ids))
 
-def parameter_groups(model: GeneralizedRCNN, config: OptimConfig) -> list[dict[str, Any]]:
-    """Parameters that learn, in two groups: weights, which decay, and norms and biases, which do not."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in learning if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    def begin_reading(self, progress: Progress) -> None:
+        """Ask the device for what was noted since the last reading, to be written down by `finish_reading`."""
+        assert self.readings is not None
+        copied, speed, epoch = self.readings.begin(), self.speed.read(), self.progressed.epoch + 1
+        lr = self.lr * self.factor(self.progressed.step - 1)
 
+        def finish() -> None:
+            readings = copied()
+            self.records.add(readings)
+            progress.show(self.records.write_train(epoch, lr, speed))
+            problem = describe_nonfinite(readings, gradients=self.config.precision != "float16")
+            if problem is None:
+                return
+            if self.config.on_nonfinite == "stop" or not any(reading.finite for reading in readings):
+                raise FloatingPointError(
+                    f"{problem}. Lower optim.lr, lengthen optim.warmup_steps, set optim.clip_norm, or look at these "
+                    f"images. The step was left out: {self.last_path}, if there is one, is of before; "
+                    "on_nonfinite=skip goes on"
+                )
+            progress.write(f"left out: {problem}")
 
-def learning_rate_factor(config: OptimConfig, steps_per_epoch: int) -> Any:
-    """The learning rate of a step as a share of `config.lr`: linear warm-up, then `gamma` at each milestone."""
+        self.finish = finish
 
-    def factor(step: int) -> float:
-        warm = min(1.0, max(1e-3, (step + 1) / config.warmup_steps)) if config.warmup_steps else 1.0
-        return warm * config.gamma ** sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
+    def finish_reading(self) -> None:
+        """Write down a reading that was begun, if one was."""
+        finish, self.finish = self.finish, None
+        if finish is not None:
+            finish()
 
-    return factor
+    def asked_to_end(self, due: bool) -> bool:
+        """Whether a process was asked to end; several processes agree on it, which waits, when a reading is due."""
+        if world_size() == 1:
+            return self.terminated()
+        return due and any(all_gather(self.terminated()))
 
+    def save_last(self) -> None:
+        """Write where the run stands; all that was noted by then is in the records, or with it."""
+        self.finish_reading()
+        if self.readings is not None:
+            self.records.add(self.readings.begin()())
+        parts = {"learner": self.learner, "best": self.best, "records": self.records}
+        self.save(self.last_path, lambda: save_state(self.last_path, self.model, self.info, self.progressed, parts))
 
-def resume(
-    path: Path,
-    model: GeneralizedRCNN,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-) -> tuple[int, float]:
-    """Continue from the checkpoint `path`; returns the number of finished epochs and the best score so far."""
-    content = load_checkpoint(path)
-    state = content["training"]
-    if state is None:
-        raise ValueError(f"resume: {path} holds a model only, no state of training; last.pt of a run does")
-    model.load_state_dict(content["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    torch.set_rng_state(state["rng"])
-    return state["epoch"], state["best"]
+    def save(self, path: Path, write: Callable[[], object]) -> None:
+        """Write the checkpoint `path`.  If that fails, a full disk for example, the run goes on with the old one."""
+        if rank() != 0:
+            return
+        self.unsaved.pop(path, None)
+        try:
+            write()
+        except OSError as error:
+            self.unsaved[path] = error
+            print(f"{path} could not be written ({error}): it stays as it was, training goes on", file=sys.stderr)
 
-
-def move(target: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The tensors of `target` on `device`."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in target.items()}
-
-
-def main_metric(metrics: dict[Any, CocoMetrics]) -> float:
-    """The average precision that decides which checkpoint is best: of masks, else keypoints, else boxes."""
-    return next(metrics[kind].ap for kind in ("segm", "keypoints", "bbox") if kind in metrics)
-
-
-def summary_line(epoch: int, metrics: dict[Any, CocoMetrics]) -> str:
-    """One line of average precisions."""
-    parts = [f"{kind} AP {value.ap:.3f} AP50 {value.ap50:.3f}" for kind, value in metrics.items()]
-    return f"epoch {epoch}: " + ", ".join(parts)
+    def say(self, text: str) -> None:
+        """Print, once for all processes."""
+        if rank() == 0:
+            print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from fastmrcnn.cli import COMMANDS, main
 from fastmrcnn.data import Shapes
 from fastmrcnn.models.config import ModelConfig, build_model
 from fastmrcnn.summary import summarize
+from fastmrcnn.training.config import DataConfig, TrainConfig
+from fastmrcnn.training.recipes import RECIPES
 
 
 @pytest.fixture
@@ -52,7 +56,8 @@ def test_train_evaluate_predict(shapes: Path, tmp_path: Path, capsys: pytest.Cap
     assert "epoch 1: bbox AP" in capsys.readouterr().out
     assert (out / "best.pt").exists()
     main(["train", "--config", str(out / "config.json"), "--output", str(tmp_path / "again")])
-    assert (tmp_path / "again" / "metrics.jsonl").read_text().count("\n") == 1  # one epoch, as the first run had
+    records = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
+    assert {record["epoch"] for record in records} == {1}  # as the first run had
 
     main(
         [
@@ -101,6 +106,77 @@ def test_help_explains_each_field(command: str, capsys: pytest.CaptureFixture[st
     for i in names:  # an option's own line or the next one says what it means, not just its type
         text = " ".join(lines[i : i + 2])
         assert len(text.split("(type")[0].split()) > 3, lines[i]
+
+
+DATA = ["--data.train_images", "photos", "--data.train_annotations", "photos.json"]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
+    """What would have been trained."""
+    configs: list[TrainConfig] = []
+    monkeypatch.setitem(COMMANDS, "train", (TrainConfig, configs.append, "train"))
+    return configs
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_gives_defaults(name: str, trained: list[TrainConfig]) -> None:
+    main(["train", "--recipe", name, *DATA])
+    main(["train", *DATA, f"--recipe={name}"])
+    assert trained == [RECIPES[name](DataConfig(Path("photos"), Path("photos.json")))] * 2
+
+
+def test_options_override_the_recipe(trained: list[TrainConfig], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("optim:\n  lr: 0.5\n  gamma: 0.25\nepochs: 3\n")
+    main(["train", "--config", str(tmp_path / "run.yaml"), "--optim.gamma", "0.75", *DATA, "--recipe", "lsj"])
+    (config,) = trained
+    assert (config.optim.lr, config.optim.gamma, config.epochs) == (0.5, 0.75, 3)
+    assert (config.optim.lr_batch, config.augment.jitter) == (64, 1024)
+
+
+def test_configuration_of_a_run_can_be_used_again(trained: list[TrainConfig], tmp_path: Path) -> None:
+    """As `config.json` has it, whatever recipe it came from, and whatever recipe is given beside it."""
+    main(["train", "--recipe", "lsj", *DATA])
+    options: dict[str, Any] = json.loads(json.dumps(asdict(trained[0]), default=str))
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    main(["train", "--config", str(tmp_path / "config.json")])
+    main(["train", "--recipe", "small", "--config", str(tmp_path / "config.json")])
+    assert trained[1] == trained[2] == trained[0]
+
+
+def test_recipe_is_printed_as_a_configuration(trained: list[TrainConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--recipe", "paper", "--print_config"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "steps: 160000" in printed
+    assert "train_images: null" in printed
+    assert "recipe" not in printed
+
+
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code in ((["train", "--recipe", "papers"], 2), (["train", "--help"], 0)):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == code
+        said = "".join(capsys.readouterr())
+        assert all(name in said for name in RECIPES)
+
+
+def test_a_recipe_is_of_training_and_of_the_command_line(
+    trained: list[TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text("recipe: paper\n")
+    for arguments, said in (
+        (["evaluate", "--recipe", "paper"], "--recipe"),
+        (["train", "--config", str(tmp_path / "run.yaml"), *DATA], "recipe"),
+        (["train", "--recipe", "paper"], "train_images"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err
+    assert not trained
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:

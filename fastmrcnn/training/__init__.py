@@ -1,0 +1,1 @@
+"""The rooms of `fastmrcnn.train`: its options, recipes, optimizer, checkpoints and records."""
