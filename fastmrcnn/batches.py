@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -68,8 +68,11 @@ class LoadedBatch:
         return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> LoadedBatch:
-        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+        changed: dict[str, Any] = {}
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), Tensor):
+                changed[field.name] = change(value)
+        return replace(self, **changed)
 
 
 @dataclass
@@ -77,7 +80,7 @@ class PackedMasks:
     """Masks of a batch of images as one bit per pixel, in the images' own size, whatever the network sees of them.
 
     Args:
-        words: int32 [words]: image after image and object after object, each [H, ceil(W / 32)] as `ops.pack_bits` has it.
+        words: int32 [words], object after object of image after image, each [H, ceil(W / 32)] as by `ops.pack_bits`.
         offsets: where those of each image begin in `words`, int64 [N].
         views: how each image, and so its masks, is resized and cropped, int64 [N, 8]: see `fastmrcnn_kernels.views`.
     """

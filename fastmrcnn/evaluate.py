@@ -271,8 +271,9 @@ def _evaluate_checkpoint(config: EvaluateConfig, device: torch.device) -> dict[I
     # Read by a command only: whoever evaluates a model of their own needs none of the weight formats.
     from fastmrcnn.checkpoints import load_model
 
-    dataset = CocoDetection(config.images, config.annotations, masks=_has_masks(load_json(config.annotations)))
     model, info = load_model(config.checkpoint, device)
+    masks = _has_masks(load_json(config.annotations))
+    dataset = CocoDetection(config.images, config.annotations, masks=masks, channels=info.config.channels)
     return evaluate(
         model,
         dataset,

@@ -57,13 +57,13 @@ def as_tensor(image: Any, name: str, channels: int = 3) -> Tensor:
             fourth channel is dropped), [H, W, 1] or [H, W], or a tensor [3, H, W] or [1, H, W]: uint8, uint16, or
             floating point in 0 .. 1.
         name: what messages call it.
-        channels: of tensors, if not 3.
+        channels: that the model takes; where they are not 3, these stand for the 3 above.
 
     Raises:
         TypeError, ValueError: it is something else.
     """
     if isinstance(image, Image.Image):
-        return torch.from_numpy(to_array(image, name))
+        return torch.from_numpy(to_array(image, name, channels))
     if isinstance(image, Tensor):
         if image.dim() != 3 or 0 in image.shape or image.shape[0] not in (1, channels):
             raise ValueError(f"{name}: expected a tensor [{channels}, H, W] or [1, H, W], got {list(image.shape)}")
@@ -71,14 +71,15 @@ def as_tensor(image: Any, name: str, channels: int = 3) -> Tensor:
         return pixels if len(pixels) == channels else pixels.repeat(channels, 1, 1)
     if isinstance(image, np.ndarray):
         planes = image[..., None] if image.ndim == 2 else image
-        if planes.ndim != 3 or 0 in planes.shape or planes.shape[2] not in (1, 3, 4):
-            raise ValueError(f"{name}: expected an array [H, W, 3] or [H, W], got {list(image.shape)}")
+        accepted = (1, channels, 4) if channels == 3 else (1, channels)
+        if planes.ndim != 3 or 0 in planes.shape or planes.shape[2] not in accepted:
+            raise ValueError(f"{name}: expected an array [H, W, {channels}] or [H, W], got {list(image.shape)}")
         if planes.dtype.kind not in "uf":
             raise TypeError(f"{name}: expected uint8, uint16 or floating point in 0 .. 1, got {planes.dtype}")
         # A copy: whoever hands out one buffer again and again, as video readers do, may write to it meanwhile.
-        planes = np.array(planes[..., :3].transpose(2, 0, 1), planes.dtype.newbyteorder("="), order="C")
+        planes = np.array(planes[..., :channels].transpose(2, 0, 1), planes.dtype.newbyteorder("="), order="C")
         pixels = _scaled(torch.from_numpy(planes), name).float()
-        return pixels if len(pixels) == 3 else pixels.repeat(3, 1, 1)
+        return pixels if len(pixels) == channels else pixels.repeat(channels, 1, 1)
     raise TypeError(f"{name}: expected {_ACCEPTED}, got {type(image).__name__}")
 
 
@@ -106,11 +107,11 @@ class Item:
     error: Exception | None = None
     loading: Future[Any] | None = field(default=None, repr=False)
 
-    def load(self, stage: bool) -> None:
+    def load(self, stage: bool, channels: int) -> None:
         """Read the image, if it is a file."""
         try:
             if self.image is None:
-                self.image = load_image(self.source)
+                self.image = load_image(self.source, channels=channels)
             self.staged = self.image.pin_memory() if stage and self.image.device.type == "cpu" else self.image
         except Exception as error:  # any: it is raised where results are taken, once all before it have been
             self.error = error
@@ -133,7 +134,7 @@ def batches(
         batch_size: images of a full batch.
         workers: threads that read files; 0 reads them here, and nothing ahead.
         stage: put images into pinned memory, too.
-        channels: of tensors.
+        channels: of images.
         size: what an image is compared by, (height, width).
         stop: whether to end with an input that has an error.
     """
@@ -147,9 +148,9 @@ def batches(
             while len(waiting) < ahead and (item := next(incoming, None)) is not None:
                 if item.error is None and (item.image is None or stage):
                     if pool is None:
-                        item.load(stage)
+                        item.load(stage, channels)
                     else:
-                        item.loading = pool.submit(item.load, stage)
+                        item.loading = pool.submit(item.load, stage, channels)
                 elif item.error is None:
                     item.staged = item.image
                 waiting.append(item)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmrcnn.batches import DetectionBatch, ImageBatch
+from fastmrcnn.inference import channels
 from fastmrcnn.models.config import ModelConfig, build_model
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
 
@@ -47,7 +48,8 @@ def summarize(model: GeneralizedRCNN, image_size: tuple[int, int], depth: int = 
     Two operations per multiply-add; element-wise work and pooling are not counted.
     """
     model = model.to("meta").eval()
-    images = ImageBatch(torch.empty(1, 3, *image_size, device="meta"), torch.tensor([list(image_size)], device="meta"))
+    pixels = torch.empty(1, channels(model), *image_size, device="meta")
+    images = ImageBatch(pixels, torch.tensor([list(image_size)], device="meta"))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         _Detect(model)(images)
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}

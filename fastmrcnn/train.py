@@ -19,17 +19,20 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastmrcnn.checkpoints import ModelInfo, save_checkpoint
 from fastmrcnn.checkpoints.initial import load_weights
+from fastmrcnn.coco_metrics import CocoMetrics
+from fastmrcnn.coco_records import IouType
 from fastmrcnn.data import CocoDetection, DetectionDataset
 from fastmrcnn.data.items import TrainingItems
 from fastmrcnn.data.loading import Prefetcher, training_loader
@@ -43,7 +46,7 @@ from fastmrcnn.training.augmentation import transforms, view
 from fastmrcnn.training.best import Best
 from fastmrcnn.training.config import AugmentConfig, DataConfig, LogConfig, OptimConfig, TrainConfig
 from fastmrcnn.training.dashboards import check_log, validation_pictures
-from fastmrcnn.training.failures import EXIT_STATUS, describe_nonfinite, explaining_memory, termination
+from fastmrcnn.training.failures import EXIT_STATUS, Termination, describe_nonfinite, explaining_memory
 from fastmrcnn.training.optim import (
     WeightAverage,
     build_optimizer,
@@ -52,12 +55,17 @@ from fastmrcnn.training.optim import (
     schedule_factor,
     stretched,
 )
-from fastmrcnn.training.progress import Progress, summary_line
-from fastmrcnn.training.readings import Readings
+from fastmrcnn.training.progress import Progress, say, summary_line
+from fastmrcnn.training.readings import Reading, Readings
 from fastmrcnn.training.records import Records
 from fastmrcnn.training.speed import Speedometer
-from fastmrcnn.training.state import Progressed, load_state, save_state
+from fastmrcnn.training.state import Progressed, Stateful, load_state, save_state
 from fastmrcnn.training.step import Learner, seed_all
+
+MOST_LEFT_OUT = 50
+"""Steps in a row that are not finite after which a run ends in any case: it does not learn any more."""
+
+Metrics = dict[IouType, CocoMetrics]
 
 __all__ = ["AugmentConfig", "DataConfig", "LogConfig", "OptimConfig", "TrainConfig", "run", "train"]
 
@@ -93,8 +101,8 @@ def train(config: TrainConfig, train_set: DetectionDataset, val_set: DetectionDa
     Under torchrun each process takes its share of every batch, and of the evaluation, on a device of its own.
     """
     check_log(config.log)
-    with process_group(config.device or default_device()) as device, termination() as terminated:
-        return Training(config, train_set, val_set, device, terminated).run()
+    with process_group(config.device or default_device()) as device, Termination() as termination:
+        return Training(config, train_set, val_set, device, termination).run()
 
 
 class Training:
@@ -105,7 +113,7 @@ class Training:
         train_set: what is learned.
         val_set: what is measured, or None.
         device: of this process.
-        terminated: whether this process was asked to end.
+        termination: whether this process was asked to end.
     """
 
     def __init__(
@@ -114,9 +122,9 @@ class Training:
         train_set: DetectionDataset,
         val_set: DetectionDataset | None,
         device: torch.device,
-        terminated: Callable[[], bool],
+        termination: Termination,
     ) -> None:
-        self.config, self.val_set, self.device, self.terminated = config, val_set, device, terminated
+        self.config, self.val_set, self.device, self.termination = config, val_set, device, termination
         self.last_path, self.best_path = config.output / "last.pt", config.output / "best.pt"
         data, optim = config.data, config.optim
 
@@ -147,12 +155,12 @@ class Training:
         seed_all(config.seed)
         model = build_model(config.model, train_set.num_classes, train_set.num_keypoints)
         self.info = ModelInfo(config.model, train_set.class_names, train_set.category_ids, train_set.num_keypoints)
-        self.say(
+        say(
             f"{len(train_set)} images, {train_set.num_classes - 1} classes; {self.epochs} epochs, {self.steps} steps "
             f"of {images_per_step} images on {world_size()} x {device}\n{explained(config, images_per_step)}"
         )
         if config.init is not None:
-            self.say(str(load_weights(model, config.init)))
+            say(str(load_weights(model, config.init)))
         self.model = model.to(device=device, memory_format=torch.channels_last).train()
         average = None if optim.ema is None else WeightAverage(model, optim.ema)
         optimizer = build_optimizer(model, optim, self.lr, device)
@@ -166,17 +174,18 @@ class Training:
         self.speed = Speedometer(device)
         self.readings: Readings | None = None
         self.finish: Callable[[], None] | None = None
+        self.left_out = 0
         self.unsaved: dict[Path, OSError] = {}
 
     def run(self) -> Path:
         """Go on until the last step, or until evaluations do not improve any more."""
         progressed, options = self.progressed, json.loads(json.dumps(asdict(self.config), default=str))
-        parts = {"learner": self.learner, "best": self.best}
+        parts: dict[str, Stateful] = {"learner": self.learner, "best": self.best}
         resumed = self.last_path if self.config.resume == "auto" else self.config.resume and Path(self.config.resume)
-        state: dict[str, Any] = {}
+        state: Mapping[str, Any] = {}
         if resumed and (resumed.exists() or self.config.resume != "auto"):
             state = load_state(resumed, self.model, self.info, progressed, parts)
-            self.say(f"going on from {resumed}: step {progressed.step} of {self.steps}")
+            say(f"going on from {resumed}: step {progressed.step} of {self.steps}")
         if rank() == 0:
             write_json(self.config.output / "config.json", options)
         done = (progressed.step, progressed.epoch)
@@ -188,7 +197,7 @@ class Training:
                 self.end_epoch()
         for path, error in self.unsaved.items():
             raise OSError(f"{path} could not be written: {error}") from error
-        self.say(f"best checkpoint: {self.best_path}")
+        say(f"best checkpoint: {self.best_path}")
         return self.best_path
 
     def train_epoch(self) -> None:
@@ -219,28 +228,24 @@ class Training:
                 if asked or (config.checkpoint_every and progressed.step % config.checkpoint_every == 0):
                     self.save_last()
                 if asked:
-                    self.say(f"asked to end: {self.last_path} is of step {progressed.step}; resume=auto goes on")
+                    say(f"asked to end: {self.last_path} is of step {progressed.step}; resume=auto goes on")
                     raise SystemExit(EXIT_STATUS)
             self.finish_reading()
 
     def end_epoch(self) -> None:
         """Measure, note, and save."""
-        config, progressed, metrics, pictures = self.config, self.progressed, None, None
-        epoch, learner = progressed.epoch + 1, self.learner
+        config, progressed, learner, epoch = self.config, self.progressed, self.learner, self.progressed.epoch + 1
+        metrics: Metrics | None = None
+        pictures: dict[str, Image.Image] = {}
+        measured = epoch % config.evaluate_every == 0 or epoch == self.epochs
         improved = self.val_set is None
+        if self.val_set is not None and measured:
+            self.save_last()
         with learner.averaged():
-            if self.val_set is not None and (epoch % config.evaluate_every == 0 or epoch == self.epochs):
-                share_buffers(self.model)
-                metrics = evaluate(
-                    self.model,
-                    self.val_set,
-                    batch_size=config.batch_size,
-                    max_detections=config.max_detections,
-                    workers=config.data.workers,
-                )
-                self.say(summary_line(epoch, metrics))
-                if self.records.pictures:
-                    pictures = validation_pictures(self.model, self.val_set, self.records.pictures)
+            if self.val_set is not None and measured:
+                with self.termination.at_once():
+                    metrics, pictures = self.measure(self.val_set)
+                say(summary_line(epoch, metrics))
                 improved = self.best.improved(metrics)
             if improved:
                 self.save(self.best_path, lambda: save_checkpoint(self.best_path, self.model, self.info))
@@ -248,6 +253,19 @@ class Training:
         self.records.write_epoch(epoch, lr, progressed.seconds, metrics, pictures)
         progressed.end_epoch()
         self.save_last()
+
+    def measure(self, val_set: DetectionDataset) -> tuple[Metrics, dict[str, Image.Image]]:
+        """Average precision on `val_set`, and pictures of it, if there is somebody to show them to."""
+        config, shown = self.config, self.records.pictures
+        share_buffers(self.model)
+        metrics = evaluate(
+            self.model,
+            val_set,
+            batch_size=config.batch_size,
+            max_detections=config.max_detections,
+            workers=config.data.workers,
+        )
+        return metrics, validation_pictures(self.model, val_set, shown) if shown else {}
 
     def note(self, values: dict[str, Tensor], image_ids: list[int]) -> None:
         """Put the losses of a step beside those before it, on the device."""
@@ -266,18 +284,24 @@ class Training:
             readings = copied()
             self.records.add(readings)
             progress.show(self.records.write_train(epoch, lr, speed))
-            problem = describe_nonfinite(readings, gradients=self.config.precision != "float16")
-            if problem is None:
-                return
-            if self.config.on_nonfinite == "stop" or not any(reading.finite for reading in readings):
-                raise FloatingPointError(
-                    f"{problem}. Lower optim.lr, lengthen optim.warmup_steps, set optim.clip_norm, or look at these "
-                    f"images. The step was left out: {self.last_path}, if there is one, is of before; "
-                    "on_nonfinite=skip goes on"
-                )
-            progress.write(f"left out: {problem}")
+            self.check(readings)
 
         self.finish = finish
+
+    def check(self, readings: Sequence[Reading]) -> None:
+        """Raise, or say, if steps were not finite; in float16, where the scale of losses is being found, if losses."""
+        problem = describe_nonfinite(readings, gradients=self.config.precision != "float16")
+        for reading in readings:
+            self.left_out = 0 if reading.finite else self.left_out + 1
+        if problem is None:
+            return
+        if self.config.on_nonfinite == "stop" or self.left_out >= MOST_LEFT_OUT:
+            raise FloatingPointError(
+                f"{problem}. Lower optim.lr, lengthen optim.warmup_steps, set optim.clip_norm, or look at these "
+                f"images. No such step changed the weights; {self.last_path}, if there is one, is of before; "
+                "on_nonfinite=skip goes on"
+            )
+        say(f"left out: {problem}")
 
     def finish_reading(self) -> None:
         """Write down a reading that was begun, if one was."""
@@ -288,15 +312,17 @@ class Training:
     def asked_to_end(self, due: bool) -> bool:
         """Whether a process was asked to end; several processes agree on it, which waits, when a reading is due."""
         if world_size() == 1:
-            return self.terminated()
-        return due and any(all_gather(self.terminated()))
+            return self.termination.came
+        return due and any(all_gather(self.termination.came))
 
     def save_last(self) -> None:
         """Write where the run stands; all that was noted by then is in the records, or with it."""
         self.finish_reading()
         if self.readings is not None:
-            self.records.add(self.readings.begin()())
-        parts = {"learner": self.learner, "best": self.best, "records": self.records}
+            readings = self.readings.begin()()
+            self.records.add(readings)
+            self.check(readings)
+        parts: dict[str, Stateful] = {"learner": self.learner, "best": self.best, "records": self.records}
         self.save(self.last_path, lambda: save_state(self.last_path, self.model, self.info, self.progressed, parts))
 
     def save(self, path: Path, write: Callable[[], object]) -> None:
@@ -310,13 +336,8 @@ class Training:
             self.unsaved[path] = error
             print(f"{path} could not be written ({error}): it stays as it was, training goes on", file=sys.stderr)
 
-    def say(self, text: str) -> None:
-        """Print, once for all processes."""
-        if rank() == 0:
-            print(text, flush=True)
-
 
 if __name__ == "__main__":
     from fastmrcnn.cli import main
 
-    main(["train"])
+    main(["train", *sys.argv[1:]])

@@ -42,7 +42,7 @@ def training_items(dataset: Any, view: Callable[[int, int], Any] | None = None, 
     steps: list[Any] = [HorizontalFlip(0.5, ()), PhotometricDistort(0.5)]
     if not dataset.num_keypoints:
         steps.insert(0, CopyPaste(dataset, 0.5))
-    return TrainingItems(dataset, seed, v2.Compose(steps), view or LargeScaleJitter(50))
+    return TrainingItems(dataset, seed, v2.Compose(steps), view or LargeScaleJitter(100, 0.1, 1.0))
 
 
 def assert_same(first: Any, second: Any) -> None:

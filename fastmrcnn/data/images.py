@@ -178,9 +178,9 @@ def _orient(image: Image.Image, tag: int, size: tuple[int, int] | None, name: st
     )
 
 
-def to_array(image: Image.Image, name: str) -> NDArray[np.float32]:
-    """Float32 [3,H,W] in 0..1, C-contiguous, of a Pillow image as it is stored; `name` is for messages."""
-    return _planes(to_values(image, name, 3))
+def to_array(image: Image.Image, name: str, channels: int = 3) -> NDArray[np.float32]:
+    """Float32 [channels,H,W] in 0..1, C-contiguous, of a Pillow image as it is stored; `name` is for messages."""
+    return _planes(to_values(image, name, channels))
 
 
 def to_values(image: Image.Image, name: str, channels: int) -> NDArray[Any]:

@@ -1,5 +1,6 @@
 """From samples to batches on the device, while it computes."""
 
+import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -96,8 +97,14 @@ def training_loader(
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         prefetch_factor=prefetch if workers else None,
+        worker_init_fn=_ignore_termination,
         generator=torch.Generator(),
     )
+
+
+def _ignore_termination(worker: int) -> None:
+    """Schedulers send SIGTERM to all processes of a run, which has still to make a checkpoint; workers end with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Prefetcher:

@@ -75,7 +75,7 @@ class OptimConfig:
         weight_decay: L2 penalty (of adamw: decoupled); not on norms and biases.
         warmup_steps: steps in which the rate rises linearly from a thousandth.
         schedule: step multiplies the rate by gamma at milestones, cosine lets it fall to zero at the end.
-        milestones: epochs, or with train steps given steps, after which the rate is multiplied by gamma.
+        milestones: epochs after which the rate is multiplied by gamma; of a run given in steps, steps.
         gamma: see milestones.
         clip_norm: bound of the gradient norm; by default none.
         accumulate: batches whose gradients make one step.
@@ -127,7 +127,8 @@ class TrainConfig:
         log: what is written down.
         output: folder for checkpoints and metrics.
         epochs: passes over the training images.
-        steps: updates of the weights, instead of epochs; milestones then are steps.
+        steps: instead of epochs, updates of the weights by optim.lr_batch images each, as are milestones then: with
+            fewer images per step there are more of both, so that as many images are seen (0 takes them as they are).
         batch_size: images per process and batch.
         precision: of the network's arithmetic (automatic mixed precision); weights are float32.
         init: checkpoint whose weights training starts from; layers of other shapes, such as those for other classes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,25 +19,40 @@ EXIT_STATUS = 128 + signal.SIGTERM
 _SHOWN = 8
 
 
-@contextlib.contextmanager
-def termination() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGTERM, which schedulers send before they kill, ends nothing; yields whether it came.
+class Termination:
+    """Within it SIGTERM, which schedulers send before they kill, is taken note of; what to do then is the block's.
 
     Python hands signals to the main thread alone: in any other they are left as they were.
     """
-    came = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
-        return
 
-    def note(number: int, frame: Any) -> None:
-        came.set()
+    def __init__(self) -> None:
+        self.came = False
+        self._ends_at_once = False
 
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield came.is_set
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __enter__(self) -> Termination:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within the block, which nothing is lost by leaving, the signal ends it: SystemExit."""
+        self._ends_at_once = True
+        try:
+            if self.came:
+                raise SystemExit(EXIT_STATUS)
+            yield
+        finally:
+            self._ends_at_once = False
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.came = True
+        if self._ends_at_once:
+            raise SystemExit(EXIT_STATUS)
 
 
 def describe_nonfinite(readings: Sequence[Reading], *, gradients: bool = True) -> str | None:

@@ -15,7 +15,7 @@ from fastmrcnn.coco_metrics import CocoMetrics
 from fastmrcnn.coco_records import IouType
 from fastmrcnn.distributed import rank
 
-__all__ = ["Progress", "status", "summary_line"]
+__all__ = ["Progress", "say", "status", "summary_line"]
 
 # A narrow terminal leaves little of the bar, and cuts off the end of the numbers.
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
@@ -39,7 +39,6 @@ class Progress:
             for each step:
                 progress.update()
                 now and then: progress.show(records.write_train(...))
-            progress.write("something worth a line of its own")
 
     Args:
         title: what the steps are of.
@@ -80,12 +79,6 @@ class Progress:
             )
             print(line, file=sys.stderr, flush=True)
 
-    def write(self, text: str) -> None:
-        """Print a message on stdout, above the bar."""
-        if self._speaks:
-            tqdm.write(text)
-            sys.stdout.flush()  # in its place among the lines on stderr, also where both go to one file
-
     def close(self) -> None:
         """Leave the bar as it is."""
         if self._bar is not None:
@@ -98,6 +91,13 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def say(text: str) -> None:
+    """Print a message on stdout, above a bar if there is one.  Only rank 0 says anything."""
+    if rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()  # in its place among the lines on stderr, also where both go to one file
 
 
 def status(record: Mapping[str, Any]) -> str:

@@ -84,7 +84,10 @@ def pool(pooled: Tensor, mask: Tensor, boxes: list[int], y: Axis, x: Axis) -> No
             first, end = max(above, y.first[r]), min(below, y.end[r])
             if first < end:
                 columns = slice(x.first[r] - left * WORD, x.end[r] - left * WORD)
-                rows = y.weights[r, :, first - y.first[r] : end - y.first[r]] @ pixels[first - above : end - above, columns]
+                rows = (
+                    y.weights[r, :, first - y.first[r] : end - y.first[r]]
+                    @ pixels[first - above : end - above, columns]
+                )
                 pooled[r].addmm_(rows, x.weights[r, :, : x.end[r] - x.first[r]].T)
 
 
@@ -124,6 +127,4 @@ def seen(low: Floats, high: Floats, bins: int, source: Ints) -> Axis:
     place = b * span - begin[box]
     place = np.concatenate((place + near, place + far))
     weights = np.bincount(place, np.concatenate((1 / grid[box] - share, share)), len(low) * bins * span)
-    return Axis(
-        begin.tolist(), end.tolist(), torch.from_numpy(weights.astype(dtype)).view(len(low), bins, span)
-    )
+    return Axis(begin.tolist(), end.tolist(), torch.from_numpy(weights.astype(dtype)).view(len(low), bins, span))

@@ -9,6 +9,21 @@ from torch import Tensor
 from torch.nn import functional
 
 
+def show(canvas: Tensor, image: Tensor, view: Sequence[int], mean: Tensor, std: Tensor) -> None:
+    """Write to `canvas` [C, Hp, Wp] what its `view` [8] shows of an image, uint8 [C, H, W].
+
+    The operations of `GeneralizedRCNNTransform`, in its order and its memory format, so that the result is to the bit
+    what it makes of `image / 255` in the dtype of `mean` and `std`, [C, 1, 1].  All of the image is resized, and cut
+    afterwards: PyTorch's `interpolate` cannot begin in the middle.
+    """
+    _, _, *size, top, left, height, width = view
+    values = image.to(mean.dtype, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
+    resized = functional.interpolate(values[None], size=size, mode="bilinear", align_corners=False)[0]
+    window = resized[:, top : top + height, left : left + width]
+    for target, plane in zip(canvas, window, strict=True):  # one by one, in half the time
+        target[:height, :width] = plane
+
+
 def resize_images(
     pixels: Tensor,
     offsets: Tensor,
@@ -18,26 +33,12 @@ def resize_images(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """See `fastmrcnn.ops.resize_images`; synchronises.
-
-    The operations of `GeneralizedRCNNTransform`, in its order and its memory format, so that images seen as a whole are
-    to the bit what it makes of `bytes / 255`.  Of others, all of the resized image is computed, and cut afterwards:
-    PyTorch's `interpolate` cannot begin in the middle of an image.
-    """
-    channels = len(mean)
-    exact = torch.promote_types(dtype, torch.float32)
-    means, deviations = (
-        torch.tensor(values, dtype=exact, device=pixels.device)[:, None, None] for values in (mean, std)
-    )
-    batch = torch.zeros(len(views), *size, channels, dtype=dtype, device=pixels.device).permute(0, 3, 1, 2)
+    """See `fastmrcnn.ops.resize_images`; synchronises."""
+    exact, device, channels = torch.promote_types(dtype, torch.float32), pixels.device, len(mean)
+    means, deviations = (torch.tensor(x, dtype=exact, device=device)[:, None, None] for x in (mean, std))
+    batch = torch.zeros(len(views), *size, channels, dtype=dtype, device=device).permute(0, 3, 1, 2)
     for canvas, offset, view in zip(batch, offsets.tolist(), views.tolist(), strict=True):
-        height, width, resized_height, resized_width, top, left, window_height, window_width = view
+        height, width = view[:2]
         image = pixels[offset : offset + height * width * channels].view(height, width, channels).permute(2, 0, 1)
-        image = image.to(exact, memory_format=torch.contiguous_format).div_(255).sub_(means).div_(deviations)
-        resized = functional.interpolate(
-            image[None], size=(resized_height, resized_width), mode="bilinear", align_corners=False
-        )[0]
-        window = resized[:, top : top + window_height, left : left + window_width]
-        for target, channel in zip(canvas, window, strict=True):  # one by one, in half the time
-            target[:window_height, :window_width] = channel
+        show(canvas, image, view, means, deviations)
     return batch

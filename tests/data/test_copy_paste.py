@@ -71,10 +71,12 @@ def test_objects_that_nothing_covers_keep_their_boxes():
     assert len(target["labels"]) > 2
     target["boxes"] = target["boxes"] + torch.tensor([-0.25, 0, 0, 0.25])  # annotators' boxes are not tight
     target["area"] = target["area"] + 0.5
+    target["masks"][0] = 0  # such annotations exist
     changed = 0
     for seed in range(20):
         torch.manual_seed(seed)
         _, result = CopyPaste(OTHER, 1.0)(image, target)
+        assert torch.equal(result["boxes"][0], target["boxes"][0])
         for mask, box, area in zip(result["masks"], result["boxes"], result["area"], strict=True):
             for former, k in zip(target["masks"], range(len(target["labels"])), strict=True):
                 if torch.equal(mask, former):
@@ -132,14 +134,36 @@ def test_smaller_images_lie_anywhere_within():
 
 def test_larger_images_lie_anywhere_over():
     transform = CopyPaste(marked([striped(24, 24)]), 1.0, low=2.0, high=2.0, min_visible=0.45)
-    seen = set()
+    seen, both = set(), 0
     for seed in range(200):
         torch.manual_seed(seed)
         _, result = transform(*striped(36, 1))
         labels = set(result["labels"].tolist()) - {1}
         assert max(labels) - min(labels) < 12  # 3 pixels wide each, and half as high: twelve are seen in full width
         seen |= labels
+        both += min(labels) <= 112 < max(labels)
     assert {101, 124} <= seen
+    assert both > 100  # of the left and of the right half
+
+
+def test_what_is_covered_goes():
+    image, target = striped(12, 2)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        _, result = CopyPaste(marked([striped(24, 1)]), 1.0, low=1.0, high=1.0, min_visible=0.0)(image, target)
+        assert result["labels"].tolist() in ([101], [1, 2])
+
+
+def test_a_scale_of_one_is_the_largest_that_fits():
+    _, target = striped(20, 2)
+    target["masks"] = torch.nn.functional.pad(target["masks"], (0, 40))
+    for seed in range(8):
+        torch.manual_seed(seed)
+        changed, result = CopyPaste(marked([striped(24, 1)]), 1.0, low=1.0, high=1.0)(torch.zeros(3, 20, 60), target)
+        assert changed.shape == (3, 20, 60)
+        x1, y1, x2, y2 = result["boxes"][result["labels"] == 101].reshape(-1, 4).T
+        assert ((x2 - x1) == 20).all()
+        assert ((y2 - y1) == 20).all()
 
 
 def test_low_and_high_bound_the_scale():

@@ -41,6 +41,19 @@ def test_a_sample_is_the_item_through_its_view():
         assert torch.equal(sample.labels, target["labels"])
 
 
+def test_transforms_come_before_the_view():
+    def framed(image, target):
+        image = torch.nn.functional.pad(image, (8, 0, 0, 0))
+        boxes = target["boxes"] + torch.tensor([8.0, 0, 8, 0])
+        return image, target | {"boxes": boxes, "masks": torch.nn.functional.pad(target["masks"], (8, 0))}
+
+    dataset = Mixed()
+    sample, (image, target) = TrainingItems(dataset, 0, framed, Resize([80], 1000))[0, 0, 2], dataset[2]
+    assert sample.view == (40, 48, 80, 96, 0, 0, 80, 96)
+    assert torch.equal(sample.image[:, :, 8:], (image * 255).round().byte())
+    assert torch.equal(sample.boxes, 2 * (target["boxes"] + torch.tensor([8.0, 0, 8, 0])))
+
+
 def test_masks_and_boxes_of_jittered_samples_are_of_the_same_objects():
     items = TrainingItems(Mixed(), 0, None, LargeScaleJitter(32, 1.5, 2.0))
     fewer = 0

@@ -37,6 +37,11 @@ def test_runs_of_no_pixels_and_over_many_columns(lists):
     assert np.array_equal(rasterise(rles, height, width), np.stack(expected))
 
 
+def test_runs_of_no_pixels_at_the_end():
+    for counts, value in (([120, 0], 0), ([0, 120, 0, 0], 1)):
+        assert (rasterise([{"size": [3, 40], "counts": counts}] * 2, 3, 40) == value).all()
+
+
 def test_polygons():
     polygons = [[[1.2, 2, 30.7, 2.5, 20, 60]], [[0, 0, 5, 0, 5, 5], [40, 40, 64, 40, 64, 70, 40, 70]]]
     expected = mask_utils.decode([mask_utils.merge(mask_utils.frPyObjects(p, 70, 64)) for p in polygons])

@@ -128,10 +128,10 @@ def test_objects_without_a_pixel_in_the_window_are_removed():
     masks[1, 11, 11] = 1
     boxes = torch.tensor([[2.0, 2, 12, 12], [2, 2, 12, 12], [2, 2, 12, 12]])
     target = {"boxes": boxes, "labels": torch.tensor([4, 5, 6]), "masks": masks}
-    seen = look_through(target, (20, 20, 40, 40, 12, 12, 14, 14))
+    seen = look_through(target, (20, 20, 40, 40, 12, 12, 11, 11))
     assert seen["labels"].tolist() == [5]
     assert torch.equal(seen["masks"], masks[1:2])
-    # The last row and column of the window are halves of pixel 11; without them there is nothing.
+    # The last row and column of that window are half of pixel 11; without them there is nothing.
     assert len(look_through(target, (20, 20, 40, 40, 12, 12, 10, 10))["labels"]) == 0
     # Of the whole image, nothing is looked for: a detector of torchvision learns such a box, too.
     assert look_through(target, (20, 20, 40, 40, 0, 0, 40, 40))["labels"].tolist() == [4, 5, 6]

@@ -380,6 +380,7 @@ def test_checkpoints_from_before_the_options(tmp_path: Path) -> None:
     content = load_checkpoint(path)
     for name in ("norm", "freeze", "class_agnostic", "channels", "image_mean", "image_std"):
         del content["info"]["config"][name]
+    content["info"]["config"]["dropped_since"] = 3
     torch.save(content, path)
     loaded, info = load_model(path)
     assert info.config == small()

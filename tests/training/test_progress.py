@@ -11,7 +11,7 @@ from coco_problems import random_problem
 import fastmrcnn.training.progress
 from fastmrcnn.coco_eval import evaluate_coco
 from fastmrcnn.training.best import Best, main_metric
-from fastmrcnn.training.progress import Progress, status, summary_line
+from fastmrcnn.training.progress import Progress, say, status, summary_line
 from fastmrcnn.training.speed import Speed, Speedometer, peak_memory
 
 RECORD = {
@@ -72,7 +72,7 @@ def test_a_terminal_shows_a_bar_that_messages_leave_whole(terminal):
         first = sent()
         progress.update(3)
         progress.show(RECORD)
-        progress.write("a message")
+        say("a message")
         middle = sent()
     assert re.search(r"^\repoch 3/26 +25%\|.+\| 2/8 \[00:00<", first)
     # The bar is wiped, the message has a line of its own, and the bar is there again with the numbers.
@@ -108,7 +108,7 @@ def test_without_a_terminal_each_reading_is_a_line(capfd, monkeypatch):
             progress.update(4)
             now[0] += 30
             progress.show(RECORD)
-        progress.write("a message")
+        say("a message")
         progress.update(8)
     out, err = capfd.readouterr()
     assert out == "a message\n"
@@ -125,7 +125,7 @@ def test_other_processes_are_silent(terminal, monkeypatch):
     with Progress("epoch 1/2", 8) as progress:
         progress.update()
         progress.show(RECORD)
-        progress.write("a message")
+        say("a message")
     assert sent() == ""
 
 
@@ -194,8 +194,8 @@ def scored(metrics, ap):
 def test_best_and_patience(metrics):
     best = Best(patience=2)
     seen = []
-    for ap in (-1.0, 0.2, 0.2, 0.3, 0.1, 0.3, 0.4):
-        if ap == 0.1:  # a resumed run, in which other patience is asked for
+    for evaluation, ap in enumerate((-1.0, 0.2, 0.2, 0.3, 0.1, 0.3, 0.4)):
+        if evaluation == 5:  # of a resumed run
             state, best = best.state_dict(), Best(patience=2)
             best.load_state_dict(state)
         seen.append((best.improved(scored(metrics, ap)), best.exhausted()))

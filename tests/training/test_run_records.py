@@ -5,7 +5,7 @@ import random
 
 import pytest
 from coco_problems import random_problem
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastmrcnn.coco_eval import evaluate_coco
@@ -139,6 +139,7 @@ def without_times(folder):
 
 
 @given(st.sets(st.integers(1, STEPS - 1), max_size=4), st.lists(st.integers(1, STEPS), max_size=3), st.integers(0, 60))
+@example({EVERY}, [EVERY], 60)
 def test_a_run_that_was_killed_and_resumed_has_the_records_of_one_that_was_not(
     tmp_path_factory, checkpoints, kills, cut
 ):

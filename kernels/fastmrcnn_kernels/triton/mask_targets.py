@@ -1,11 +1,11 @@
 """Targets of the mask head: one launch for the boxes of all images, which reads bits and nothing else.
 
-Wy V Wx^T of `reference/roi_align.py`, where the mask V that the view defines is never there: a cell of it is one bit of
-one word.  What it costs follows from the boxes of a training step, 128 per image, 100 to 400 pixels wide, of 28 x 28
-bins: a bin of 10 x 10 pixels has weights for 12 x 12 cells, so that all bins of a box look at 28^2 * 144 = 113,000
-bits, by a handful of instructions each; a weight of a row or column takes about 150, but is needed 28 * 12 times
-only, if it is computed once.  So cells are visited once per bin, the weights of columns are kept in registers while the
-rows of several bins pass by, and those of rows are computed 32 at a time, one per lane.
+Wy V Wx^T of `reference/roi_align.py`, where the mask V that a view defines is never there: a cell of it is one bit of
+one word.  What that costs follows from the boxes of a training step, 128 per image, 100 to 400 pixels wide, of 28 x 28
+bins.  A bin of 10 x 10 pixels has weights for 12 x 12 cells, so that all bins of a box look at 28^2 * 144 = 113,000
+bits, by ten instructions each.  A weight takes 150; columns have 28 * 12 of them, and rows as many.  So the weights of
+columns stay in registers while the rows of several bins pass by; those of the rows of a bin are computed by the lanes
+of a warp, one each, and summed up to be known to all when their row's turn comes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,20 @@ from fastmrcnn_kernels.views import COLUMNS
 
 DOWN, ACROSS = 4, 32  # bins of a program
 CELLS = 16  # columns of each bin that are visited together
-LINES = 32  # rows of a bin whose weights are computed together: one per lane
+LINES = 32  # rows of a bin whose weights are computed together
 LANES = 256  # columns of bins per warp
+
+
+@triton.jit
+def _load_axis(axis_ptr):
+    """What a view says of an axis: lengths of the mask and of it resized, start of the window, and its length, a float.
+
+    The first three are int32.
+    """
+    size = tl.load(axis_ptr).to(tl.int32)
+    resized = tl.load(axis_ptr + 2).to(tl.int32)
+    start = tl.load(axis_ptr + 4).to(tl.int32)
+    return size, resized, start, tl.load(axis_ptr + 6).to(tl.float32)
 
 
 @triton.jit
@@ -71,28 +83,23 @@ def _mask_targets_kernel(
 ):
     """out[p, q] = sum_y Wy[p, y] sum_x bit(y, x) Wx[q, x], where bit(y, x) is one of the `total` words.
 
-    A program owns DOWN x ACROSS of the M x M bins of one box.  Lanes hold CELLS columns of each of ACROSS bins, so that
-    neighbours read the same word, or the next; the rows of its DOWN rows of bins are added up one after the other.
-    Wider bins take several turns.  Boxes that are not valid have no columns.
+    A program owns DOWN x ACROSS of the M x M bins of one box.  A lane stands for one of ACROSS bins, and one of CELLS
+    columns of that; bins are neighbours, and so are the words they read.  The rows of its DOWN rows of bins are added
+    up one after the other.  Wider bins take several turns.  Boxes that are not usable have no columns.
     """
     BLOCKS_ACROSS: tl.constexpr = (M + ACROSS - 1) // ACROSS
     BLOCKS: tl.constexpr = (M + DOWN - 1) // DOWN * BLOCKS_ACROSS
     image = tl.program_id(0) // (BLOCKS * slots)
     box = (tl.program_id(0) // BLOCKS).to(tl.int64)
     block = tl.program_id(0) % BLOCKS
-    q = block % BLOCKS_ACROSS * ACROSS + tl.arange(0, ACROSS)
+    lane = tl.arange(0, ACROSS * CELLS)
+    q = block % BLOCKS_ACROSS * ACROSS + lane % ACROSS
     p_first = block // BLOCKS_ACROSS * DOWN
 
     valid = tl.load(valid_ptr + box) != 0
     view_ptr = views_ptr + image.to(tl.int64) * COLUMNS
-    height = tl.load(view_ptr).to(tl.int32)
-    width = tl.load(view_ptr + 1).to(tl.int32)
-    resized_height = tl.load(view_ptr + 2).to(tl.int32)
-    resized_width = tl.load(view_ptr + 3).to(tl.int32)
-    top = tl.load(view_ptr + 4).to(tl.int32)
-    left = tl.load(view_ptr + 5).to(tl.int32)
-    tall = tl.load(view_ptr + 6).to(tl.float32)
-    wide = tl.load(view_ptr + 7).to(tl.float32)
+    height, resized_height, top, tall = _load_axis(view_ptr)
+    width, resized_width, left, wide = _load_axis(view_ptr + 1)
     usable = valid & (tl.minimum(tl.minimum(height, width), tl.minimum(resized_height, resized_width)) > 0)
     usable = usable & (tl.minimum(tall, wide) > 0)
 
@@ -119,9 +126,9 @@ def _mask_targets_kernel(
     result = tl.zeros([DOWN, ACROSS], tl.float32)
     line = tl.arange(0, LINES)
     for begin in range(0, columns, CELLS):
-        x = first_x[None, :] + begin + tl.arange(0, CELLS)[:, None]
-        weight_x = bin_weight(x, q[None, :], start_x, size_x, wide, 0, False, False)
-        weight_x = tl.where((q < M)[None, :], weight_x, 0.0)
+        x = first_x + begin + lane // ACROSS
+        weight_x = bin_weight(x, q, start_x, size_x, wide, 0, False, False)
+        weight_x = tl.where(q < M, weight_x, 0.0)
         column = _nearest(x, left, width, resized_width)
         word = column // WORD
         bit = 1 << column % WORD
@@ -129,18 +136,19 @@ def _mask_targets_kernel(
             p = p_first + i
             first_y, rows = _cells_of_bin(start_y, size_y, p, count_y, tall)
             rows = rows.to(tl.int32)
-            sums = tl.zeros([CELLS, ACROSS], tl.float32)
+            sums = tl.zeros([CELLS * ACROSS], tl.float32)
             for above in range(0, rows, LINES):
                 weight_y = bin_weight(first_y + above + line, p, start_y, size_y, tall, 0, False, False)
                 for j in range(tl.minimum(rows - above, LINES)):
-                    weight = tl.sum(tl.where(line == j, weight_y, 0.0), axis=0)
                     row = _nearest(first_y + above + j, top, height, resized_height)
-                    found = tl.load(mask_ptr + (row * pitch + word))
+                    found = tl.load(mask_ptr + (row * pitch + word))  # an object has fewer than 2^31 words
+                    weight = tl.sum(tl.where(line == j, weight_y, 0.0), axis=0)
                     sums += tl.where(found & bit != 0, weight, 0.0)
-            pooled = tl.sum(sums * weight_x, axis=0)
+            pooled = tl.sum((sums * weight_x).reshape(CELLS, ACROSS), axis=0)
             result += tl.where((tl.arange(0, DOWN) == i)[:, None], pooled[None, :], 0.0)
 
     p = p_first + tl.arange(0, DOWN)
+    q = block % BLOCKS_ACROSS * ACROSS + tl.arange(0, ACROSS)
     out = out_ptr + box * (M * M) + p[:, None] * M + q[None, :]
     tl.store(out, result, mask=(p < M)[:, None] & (q < M)[None, :])
 

@@ -134,6 +134,7 @@ def _match_low_quality_kernel(
     """matched[n, b] = the object that overlaps box b most, however little, if b is the best box of some object.
 
     A program owns BLOCK boxes of one image.  Most are done once they have seen that no object has its best among them.
+    Keys of NaN are equal, as NaN is not; but a box with such a key has been matched to the object that it gets here.
     """
     image, box, x1, y1, x2, y2, usable, its_truth_ptr, count = _load_block(
         boxes_ptr, truth_ptr, count_ptr, num_boxes, num_objects, image_step, BLOCK
@@ -145,7 +146,7 @@ def _match_low_quality_kernel(
         index = first + tl.arange(0, CHUNK)
         highest = tl.load(best_ptr + index, mask=index < count, other=NOT_A_NUMBER)
         here = tl.load(block_best_ptr + index, mask=index < count, other=-1)
-        held += tl.sum(tl.where((here == highest) & (highest < NOT_A_NUMBER), 1, 0), axis=0)
+        held += tl.sum(tl.where(here == highest, 1, 0), axis=0)
     if held > 0:
         best = tl.full([BLOCK], -1, tl.int32)
         matched = tl.zeros([BLOCK], tl.int32)
@@ -155,7 +156,7 @@ def _match_low_quality_kernel(
             best, matched = _closest(best, matched, keys, first)
             index = first + tl.arange(0, OBJECTS)
             highest = tl.load(best_ptr + index, mask=index < count, other=NOT_A_NUMBER)[:, None]
-            equal = tl.where((keys == highest) & (highest < NOT_A_NUMBER), 1, 0)
+            equal = tl.where(keys == highest, 1, 0)
             kept = tl.maximum(kept, tl.max(equal, axis=0))
         tl.store(matched_ptr + image * num_boxes + box, matched.to(tl.int64), mask=kept != 0)
 
