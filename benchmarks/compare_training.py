@@ -175,7 +175,7 @@ class Comparison(Training):
         )
         for name, metrics in ((OURS, of_ours), (THEIRS, of_theirs)):
             self.epochs_of[name][-1]["metrics"] = {kind: found.as_dict() for kind, found in metrics.items()}
-        self.say(f"{THEIRS}, {summary_line(self.progressed.epoch + 1, of_theirs)}")
+        print(f"{THEIRS}, {summary_line(self.progressed.epoch + 1, of_theirs)}", flush=True)
         return of_ours, pictures
 
     def end_epoch(self) -> None:
@@ -184,7 +184,7 @@ class Comparison(Training):
         result = self.result()
         write_json(self.config.output / "comparison.json", result)
         write_atomically(self.config.output / "comparison.svg", partial(plot, result))
-        self.say(f"seconds per image: {result['seconds_per_image']}")
+        print(f"seconds per image: {result['seconds_per_image']}", flush=True)
 
     def result(self) -> dict[str, Any]:
         """All that is known so far, for JSON."""

@@ -36,6 +36,7 @@ from fastmrcnn_kernels.triton.box_coding import decode_boxes, decode_proposals, 
 from fastmrcnn_kernels.triton.detections import select_detections
 from fastmrcnn_kernels.triton.images import resize_images
 from fastmrcnn_kernels.triton.mask_iou import mask_iou
+from fastmrcnn_kernels.triton.mask_targets import mask_targets
 from fastmrcnn_kernels.triton.matching import match_boxes
 from fastmrcnn_kernels.triton.merge import merge_levels
 from fastmrcnn_kernels.triton.nms import sorted_nms
@@ -151,6 +152,12 @@ def overlaps(*, crowds: bool) -> None:
     mask_iou(bits, bits, torch.empty(100, dtype=torch.bool) if crowds else None)
 
 
+def targets(size: int) -> None:
+    """Of 128 boxes in each of two images."""
+    words, index = torch.empty(1 << 20, dtype=torch.int32), torch.empty(2, 128, dtype=torch.int64)
+    mask_targets(words, index[:, 0], index[:, :8], torch.empty(2, 128, 4), index, index > 0, size)
+
+
 def images(dtype: torch.dtype, channels: int) -> None:
     """Eight images on canvases of 800 x 1344."""
     numbers = [1.0] * channels
@@ -189,6 +196,8 @@ def _cases() -> dict[str, Callable[[], None]]:
     cases["resize_images bfloat16 C=16"] = lambda: images(torch.bfloat16, 16)
     cases["match_boxes 268569"] = lambda: matching(268_569, shared=True)
     cases["match_boxes 2000"] = lambda: matching(2000, shared=False)
+    for size in (14, 28, 56):
+        cases[f"mask_targets {size}x{size}"] = lambda s=size: targets(s)
     cases["mask_iou"] = lambda: overlaps(crowds=False)
     cases["mask_iou with crowds"] = lambda: overlaps(crowds=True)
     cases["rle of images"] = lambda: encode_bool(torch.empty(100, 800, 1333, dtype=torch.bool), 160_000)

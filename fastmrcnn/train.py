@@ -152,14 +152,17 @@ class Training:
         optim = replace(optim, milestones=milestones)
         self.factor = schedule_factor(optim, self.steps, steps_per_epoch, in_steps=steps is not None)
 
+        resume = self.last_path if config.resume == "auto" else config.resume and Path(config.resume)
+        self.resumed = None if not resume or (config.resume == "auto" and not resume.exists()) else resume
         seed_all(config.seed)
-        model = build_model(config.model, train_set.num_classes, train_set.num_keypoints)
+        fresh = self.resumed is None
+        model = build_model(config.model, train_set.num_classes, train_set.num_keypoints, pretrained=fresh)
         self.info = ModelInfo(config.model, train_set.class_names, train_set.category_ids, train_set.num_keypoints)
         say(
             f"{len(train_set)} images, {train_set.num_classes - 1} classes; {self.epochs} epochs, {self.steps} steps "
             f"of {images_per_step} images on {world_size()} x {device}\n{explained(config, images_per_step)}"
         )
-        if config.init is not None:
+        if config.init is not None and fresh:
             say(str(load_weights(model, config.init)))
         self.model = model.to(device=device, memory_format=torch.channels_last).train()
         average = None if optim.ema is None else WeightAverage(model, optim.ema)
@@ -181,11 +184,10 @@ class Training:
         """Go on until the last step, or until evaluations do not improve any more."""
         progressed, options = self.progressed, json.loads(json.dumps(asdict(self.config), default=str))
         parts: dict[str, Stateful] = {"learner": self.learner, "best": self.best}
-        resumed = self.last_path if self.config.resume == "auto" else self.config.resume and Path(self.config.resume)
         state: Mapping[str, Any] = {}
-        if resumed and (resumed.exists() or self.config.resume != "auto"):
-            state = load_state(resumed, self.model, self.info, progressed, parts)
-            say(f"going on from {resumed}: step {progressed.step} of {self.steps}")
+        if self.resumed is not None:
+            state = load_state(self.resumed, self.model, self.info, progressed, parts)
+            say(f"going on from {self.resumed}: step {progressed.step} of {self.steps}")
         if rank() == 0:
             write_json(self.config.output / "config.json", options)
         done = (progressed.step, progressed.epoch)

@@ -1,6 +1,8 @@
 """From samples to batches on the device, while it computes."""
 
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -97,14 +99,26 @@ def training_loader(
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         prefetch_factor=prefetch if workers else None,
-        worker_init_fn=_ignore_termination,
+        worker_init_fn=_outlive_termination,
         generator=torch.Generator(),
     )
 
 
-def _ignore_termination(worker: int) -> None:
-    """Schedulers send SIGTERM to all processes of a run, which has still to make a checkpoint; workers end with it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _outlive_termination(worker: int) -> None:
+    """Let SIGTERM end a worker only if the process that it works for sends it.
+
+    Schedulers send it to all processes of a run, which has still to make a checkpoint, and needs batches until then.
+    But a worker that ignored it would never end: it is how PyTorch ends those that are left when a program does.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # which says who sent it; macOS and Windows do not have it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, daemon=True).start()
+
+
+def _end_when_told() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Prefetcher:

@@ -5,6 +5,7 @@ resized pixels that the network sees, is what the boxes and keypoints of a targe
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastmrcnn.data.types import Target
 from fastmrcnn_kernels.views import whole
 
-View = tuple[int, ...]
+View: TypeAlias = tuple[int, ...]
 
 # What a target has one of for each object.
 PER_OBJECT = ("boxes", "labels", "masks", "keypoints", "area", "iscrowd")

@@ -2,7 +2,8 @@
 
 RoIAlign of a mask resized by its nearest pixels is Wy V Wx^T, where V takes rows and columns of the mask as they are
 (see `reference/roi_align.py`).  Adding up the weights of all rows of V that are one row of the mask gives the same
-product with the mask itself, in its own size: for a photo that is enlarged, several times fewer pixels.
+product with those rows and columns of the mask alone that are seen, once each: of a photo that is enlarged, several
+times fewer pixels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fastmrcnn_kernels.numpy_bits import unpack_bits
 from fastmrcnn_kernels.pasting import WORD
-from fastmrcnn_kernels.reference.mask_targets import first_words, is_empty, nearest
+from fastmrcnn_kernels.reference.mask_targets import first_words, is_empty, nearest, words_of
 
 BOXES_AT_A_TIME = 32
 """Whose weights are computed together: 28 for each row and column that a box touches, some MB."""
@@ -32,7 +33,8 @@ Ints = NDArray[np.int64]
 class Axis(NamedTuple):
     """Rows, or columns, of masks that are seen in R boxes: first, one after the last, and their weights [R, M, L].
 
-    Weight k is that of row `first` + k; both ends are 0 where no row is seen.
+    Of the rows that are seen in the window, by their number among these.  Weight k is that of row `first` + k; both
+    ends are 0 where no row is seen.
     """
 
     first: list[int]
@@ -44,58 +46,61 @@ def mask_targets(
     words: Tensor, offsets: Tensor, views: Tensor, boxes: Tensor, matched: Tensor, valid: Tensor, size: int
 ) -> Tensor:
     """`fastmrcnn_kernels.reference.mask_targets.mask_targets` of tensors in CPU memory."""
-    targets = boxes.new_zeros(*boxes.shape[:2], size, size)
     words = words.contiguous()
+    targets = boxes.new_zeros(*boxes.shape[:2], size, size)
     finite = boxes.isfinite().all(dim=2) & (boxes[..., 2:] - boxes[..., :2]).isfinite().all(dim=2)
     for i, view in enumerate(views.tolist()):
         if is_empty(view):
             continue
         height, width, resized_height, resized_width, top, left, window_height, window_width = view
         first, usable = first_words(offsets[i], view, matched[i], valid[i] & finite[i], len(words))
-        rows = nearest(top, window_height, height, resized_height).numpy()
-        columns = nearest(left, window_width, width, resized_width).numpy()
+        rows, row_of_cell = nearest(top, window_height, height, resized_height).unique(return_inverse=True)
+        columns, column_of_cell = nearest(left, window_width, width, resized_width).unique(return_inverse=True)
         slots = usable.nonzero().flatten()
         slots = slots[first[slots].argsort(stable=True)]  # boxes of an object are neighbours: it is unpacked once
         for part in slots.split(BOXES_AT_A_TIME):
             corners = boxes[i, part].numpy()
-            y = seen(corners[:, 1], corners[:, 3], size, rows)
-            x = seen(corners[:, 0], corners[:, 2], size, columns)
+            y = seen(corners[:, 1], corners[:, 3], size, row_of_cell.numpy())
+            x = seen(corners[:, 0], corners[:, 2], size, column_of_cell.numpy())
             starts = first[part].tolist()
             pooled = boxes.new_zeros(len(part), size, size)
             for start, group in groupby(range(len(part)), key=starts.__getitem__):
-                mask = words[start : start + height * -(-width // WORD)].view(height, -1)
-                pool(pooled, mask, [r for r in group if y.end[r] and x.end[r]], y, x)
+                mask = words[start : start + words_of(view)].view(height, -1)
+                pool(pooled, mask, rows, columns, [r for r in group if y.end[r] and x.end[r]], y, x)
             targets[i, part] = pooled
     return targets
 
 
-def pool(pooled: Tensor, mask: Tensor, boxes: list[int], y: Axis, x: Axis) -> None:
-    """Adds to `pooled` [R, M, M] what number `boxes` see of a packed `mask`, unpacked strip by strip."""
+def pool(pooled: Tensor, mask: Tensor, rows: Tensor, columns: Tensor, boxes: list[int], y: Axis, x: Axis) -> None:
+    """Adds to `pooled` [R, M, M] what number `boxes` see of `rows` and `columns` of a packed mask, strip by strip."""
     if not boxes:
         return
     top, bottom = min(y.first[r] for r in boxes), max(y.end[r] for r in boxes)
-    left, right = min(x.first[r] for r in boxes) // WORD, -(-max(x.end[r] for r in boxes) // WORD)
-    width = (right - left) * WORD
+    left, right = min(x.first[r] for r in boxes), max(x.end[r] for r in boxes)
+    first_word, last_word = int(columns[left]) // WORD, int(columns[right - 1]) // WORD
+    width, its_columns = (last_word + 1 - first_word) * WORD, columns[left:right] - first_word * WORD
+    begin, end = int(its_columns[0]), int(its_columns[-1]) + 1
+    neighbours = end - begin == right - left  # as they are unless the mask was made smaller
     strip = max(1, PIXELS_AT_A_TIME // width)
     for above in range(top, bottom, strip):
         below = min(bottom, above + strip)
-        pixels = unpack_bits(mask[above:below, left:right], width).to(pooled.dtype)
+        pixels = unpack_bits(mask[rows[above:below], first_word : last_word + 1], width)
+        pixels = (pixels[:, begin:end] if neighbours else pixels[:, its_columns]).to(pooled.dtype)
         for r in boxes:
-            first, end = max(above, y.first[r]), min(below, y.end[r])
-            if first < end:
-                columns = slice(x.first[r] - left * WORD, x.end[r] - left * WORD)
-                rows = (
-                    y.weights[r, :, first - y.first[r] : end - y.first[r]]
-                    @ pixels[first - above : end - above, columns]
-                )
-                pooled[r].addmm_(rows, x.weights[r, :, : x.end[r] - x.first[r]].T)
+            first, last = max(above, y.first[r]), min(below, y.end[r])
+            if first < last:
+                wy = y.weights[r, :, first - y.first[r] : last - y.first[r]]
+                wx = x.weights[r, :, : x.end[r] - x.first[r]]
+                pooled[r].addmm_(wy @ pixels[first - above : last - above, x.first[r] - left : x.end[r] - left], wx.T)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def seen(low: Floats, high: Floats, bins: int, source: Ints) -> Axis:
-    """What intervals [`low`, `high`] of R boxes, finite, see of an axis whose cells are pixels `source` of a mask.
+    """What intervals [`low`, `high`] of R boxes, finite, see of an axis whose cells are numbers `source` of its rows.
 
     Positions of samples are computed in the order of operations of `reference/roi_align.py`, to the same bits.  Of a
     bin's samples those near the map alone are visited; they are more than half a cell apart, or there is just one.
+    What overflows float32, in boxes of 1e30 pixels, is as far from the map as it can be.
     """
     length, dtype = len(source), low.dtype
     extent = np.maximum(high - low, 1)

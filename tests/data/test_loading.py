@@ -1,5 +1,7 @@
 """From data sets to batches: what is in them, and that it depends on (seed, epoch, position) alone."""
 
+import signal
+import subprocess
 import time
 from itertools import islice
 
@@ -144,6 +146,22 @@ def test_prefetcher_passes_batches_on_and_measures_how_long_it_waits():
     assert next(prefetcher).image_ids == batches[0].image_ids
     with pytest.raises(DataError, match="image 3"):
         next(prefetcher)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo, which macOS and Windows do not have")
+def test_workers_end_when_their_process_says_so_and_nobody_else():
+    dataset = Mixed()
+    loader = training_loader(training_items(dataset), TrainingBatches(dataset, 2), workers=2, device=CPU)
+    batches = iter(loader)
+    assert len(list(islice(batches, 2))) == 2  # one of each: both have started
+    for worker in batches._workers:
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # as a scheduler does
+    assert len(list(batches)) == 4
+    assert len(list(loader)) == 6
+    for worker in batches._workers:
+        worker.terminate()
+        worker.join(20)
+        assert worker.exitcode == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -78,7 +78,7 @@ def detector_calls() -> dict[str, tuple[Any, ...]]:
 
 
 def mask_calls() -> dict[str, tuple[Any, ...]]:
-    """Arguments of every operator between the head of masks and images or text."""
+    """Arguments of every operator between the head of masks and images or text, or what it is to learn."""
     masks, boxes = torch.rand(2, 2, 5, 5, device=DEVICE), torch.rand(2, 2, 4, device=DEVICE) * 9
     sizes, counts = torch.tensor([[8, 9], [6, 7]], device=DEVICE), torch.tensor([2, 1], device=DEVICE)
     bits = torch.randint(-(2**31), 2**31, (3, 4, 2), dtype=torch.int32, device=DEVICE)
@@ -87,10 +87,14 @@ def mask_calls() -> dict[str, tuple[Any, ...]]:
         "encode_masks": (masks.detach(), boxes, sizes, counts, 8, 9, 90, True, 1, 0.5),
         "encode_bool": (torch.rand(2, 8, 9, device=DEVICE) < 0.5, 90),
         "mask_iou": (bits, bits[:2], torch.tensor([True, False], device=DEVICE)),
+        "mask_targets": (
+            *(bits.flatten(), counts * 0, torch.tensor([[4, 60, 8, 9, 0, 0, 8, 9]] * 2, device=DEVICE)),
+            *(boxes, counts.expand(2, 2) - 1, masks[..., 0, 0] < 0.9, 2),
+        ),
     }
 
 
-@pytest.mark.parametrize("op", ["paste_masks", "encode_masks", "encode_bool", "mask_iou"])
+@pytest.mark.parametrize("op", ["paste_masks", "encode_masks", "encode_bool", "mask_iou", "mask_targets"])
 def test_opcheck_of_masks(op: str) -> None:
     torch.library.opcheck(getattr(torch.ops.fastmrcnn, op).default, mask_calls()[op])
 
@@ -269,7 +273,7 @@ from itertools import product
 from benchmarks.compile_report import TARGETS, record
 from fastmrcnn_kernels.sampler import Sampler
 from fastmrcnn_kernels.triton import box_coding, detections, images as resize, mask_iou, merge, nms, paste, rle
-from fastmrcnn_kernels.triton import matching, roi_align, roi_align_backward, roi_pool, topk
+from fastmrcnn_kernels.triton import mask_targets, matching, roi_align, roi_align_backward, roi_pool, topk
 from triton.compiler import make_backend
 from triton.runtime import jit
 
@@ -307,6 +311,8 @@ def detect(images, count, height, width):
         matching.match_boxes(some, boxes[:, :height // 32], counts, count / 2000, 0.3, True)
     bits = torch.empty(count, height, width // 32, dtype=torch.int32)
     mask_iou.mask_iou(bits, bits[:images], None)
+    matched = torch.empty(images, count, dtype=torch.int64)
+    mask_targets.mask_targets(bits.flatten(), sizes[:, 0], views, boxes, matched, matched > 0, 28)
 
 backend, seen = make_backend(TARGETS["sm_90"]), defaultdict(set)
 for images, count, side in product((1, 3, 16), (960, 1000, 1001), ((800, 1344), (1024, 1024), (333, 517))):
@@ -327,7 +333,7 @@ def test_nothing_is_compiled_for_another_size() -> None:
     assert run.returncode == 0, run.stderr
     found, passes = run.stdout.splitlines()
     counts = ast.literal_eval(found)
-    assert len(counts) == 25
+    assert len(counts) == 26
     assert set(counts.values()) == {1}, counts
     assert passes == "4"
 

@@ -182,6 +182,7 @@ HOSTILE = [
     [39_990, 39_990, 40_000, 40_000],
     [-1e30, -1e30, 1e30, 1e30],
     [1e30, 1e30, 1e31, 1e31],
+    [-1.6e38, -1.6e38, 1.6e38, 1.6e38],
     [6.5, 4.5, 6.5, 4.5],
     [9, 9, 4, 2],
 ]
@@ -204,6 +205,13 @@ def test_boxes_as_hostile_as_they_come(impl: ops.Impl) -> None:
     exact, expected = targets(case, 2, "reference", wide=True), targets(case, 2, "reference")
     assert expected[0, 0].amax() > 0
     assert_within_budget(targets(case, 2, impl), expected, exact)
+
+
+@pytest.mark.filterwarnings("error")
+def test_hostile_boxes_are_no_reason_for_warnings() -> None:
+    found = torch.tensor([HOSTILE + NOTHING])
+    matched = torch.zeros(found.shape[:2], dtype=torch.int64)
+    targets(ellipses(9, 37, boxes=found, matched=matched, valid=matched == 0), 5, "numpy")
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -10,7 +10,6 @@ of a warp, one each, and summed up to be known to all when their row's turn come
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
