@@ -17,6 +17,7 @@ evaluation, and seconds per image of training alone, data loading included.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -35,17 +36,18 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
 from benchmarks.measure import PERCENTILES, conditions
-from benchmarks.training_steps import TorchvisionLearner, as_torchvision
+from benchmarks.training_steps import TorchvisionLearner, as_torchvision, on_device
 from fastmrcnn import train
-from fastmrcnn.data import DetectionDataset, Key, TrainingBatches, collate
+from fastmrcnn.data import DetectionDataset, Key, collate
 from fastmrcnn.data.sampling import mixed_seed
 from fastmrcnn.data.types import Target
+from fastmrcnn.distributed import world_size
 from fastmrcnn.evaluate import evaluate
 from fastmrcnn.files import write_atomically, write_json
 from fastmrcnn.train import Metrics, TrainConfig, Training
 from fastmrcnn.training.augmentation import transforms
 from fastmrcnn.training.optim import build_optimizer
-from fastmrcnn.training.progress import summary_line
+from fastmrcnn.training.progress import say, summary_line
 from fastmrcnn.training.step import seed_all
 
 OURS, THEIRS = "fastmrcnn", "torchvision"
@@ -86,13 +88,7 @@ class TorchvisionTraining:
         self.model = as_torchvision(ours.model).to(memory_format=torch.contiguous_format)
         optimizer = build_optimizer(self.model, config.optim, ours.lr, self.device)
         self.learner = TorchvisionLearner(self.model, optimizer, config.precision, config.optim.clip_norm)
-        self.batches = TrainingBatches(
-            train_set,
-            config.batch_size,
-            seed=config.seed,
-            repeats=ours.batches.repeats,
-            aspect_groups=config.data.aspect_groups,
-        )
+        self.batches = copy.copy(ours.batches)
         workers = config.data.workers
         self.loader = DataLoader(
             FloatItems(train_set, config),
@@ -119,11 +115,7 @@ class TorchvisionTraining:
             for group in self.learner.optimizer.param_groups:
                 group["lr"] = self.ours.lr * self.ours.factor(self.step)
             seed_all(self.config.seed, self.step)
-            moved = [
-                {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in target.items()}
-                for target in targets
-            ]
-            losses = self.learner.learn([image.to(self.device) for image in images], moved)
+            losses = self.learner.learn(*on_device(images, targets, self.device))
             self.losses.append({name: loss.item() for name, loss in losses.items()})
             self.step += 1
             if not all(map(math.isfinite, self.losses[-1].values())):
@@ -156,7 +148,7 @@ class Comparison(Training):
             self.synchronize()
             seconds = time.perf_counter() - started
             images = (end - first) * self.config.batch_size
-            self.epochs_of[name].append({"epoch": epoch + 1, "seconds_per_image": seconds / images})
+            self.epochs_of[name].append({"epoch": epoch + 1, "step": end, "seconds_per_image": seconds / images})
 
     def note(self, values: dict[str, Tensor], image_ids: list[int]) -> None:
         """Keep the losses of a step, on the device."""
@@ -175,7 +167,7 @@ class Comparison(Training):
         )
         for name, metrics in ((OURS, of_ours), (THEIRS, of_theirs)):
             self.epochs_of[name][-1]["metrics"] = {kind: found.as_dict() for kind, found in metrics.items()}
-        print(f"{THEIRS}, {summary_line(self.progressed.epoch + 1, of_theirs)}", flush=True)
+        say(f"{THEIRS}, {summary_line(self.progressed.epoch + 1, of_theirs)}")
         return of_ours, pictures
 
     def end_epoch(self) -> None:
@@ -184,7 +176,7 @@ class Comparison(Training):
         result = self.result()
         write_json(self.config.output / "comparison.json", result)
         write_atomically(self.config.output / "comparison.svg", partial(plot, result))
-        print(f"seconds per image: {result['seconds_per_image']}", flush=True)
+        say(f"seconds per image: {result['seconds_per_image']}")
 
     def result(self) -> dict[str, Any]:
         """All that is known so far, for JSON."""
@@ -220,6 +212,7 @@ class Comparison(Training):
 def refuse(config: TrainConfig) -> None:
     """Raise ValueError for what torchvision's loop does not do."""
     refused = {
+        "several processes": world_size() > 1,
         "resume": config.resume is not None,
         "patience": config.patience is not None,
         "optim.accumulate": config.optim.accumulate != 1,
@@ -229,7 +222,7 @@ def refuse(config: TrainConfig) -> None:
     }
     wrong = [name for name, found in refused.items() if found]
     if wrong:
-        raise ValueError(f"{', '.join(wrong)}: not compared with torchvision, leave it out")
+        raise ValueError(f"{', '.join(wrong)}: torchvision's loop does not do that, leave it out")
 
 
 def described(config: TrainConfig, images: int) -> dict[str, Any]:
@@ -253,7 +246,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         panels = figure.subplots(1, 1 + len(kinds), squeeze=False)[0]
         for name, run in result["runs"].items():
             epochs, totals = run["epochs"], torch.tensor([sum(step.values()) for step in run["losses"]])
-            means = [part.mean().item() for part in totals.tensor_split(len(epochs))]
+            means = [part.mean().item() for part in totals.tensor_split([epoch["step"] for epoch in epochs[:-1]])]
             style: dict[str, Any] = {"color": COLORS[name], "marker": ".", "label": name}
             panels[0].plot([epoch["epoch"] for epoch in epochs], means, **style)
             measured = [epoch for epoch in epochs if "metrics" in epoch]

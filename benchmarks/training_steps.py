@@ -39,29 +39,22 @@ which of two overlapping proposals stays, or which one is the last of 200, means
 
 
 class Contender(NamedTuple):
-    """Whose step, and how it is run."""
+    """Whose step, and how it is run: "tuned" is channels_last, and on a GPU has one launch per update."""
 
     name: str
     role: str
     precision: Precision = "float32"
-    channels_last: bool = False
 
     def __str__(self) -> str:
         kind = "AMP" if self.name == "torchvision" and self.precision != "float32" else self.precision
-        shown = self.channels_last and self.name == "torchvision"  # ours are always
-        return f"{self.name} {kind}{' channels_last' if shown else ''}"
+        return f"{self.name} {kind}{' channels_last' if self.role == 'tuned' else ''}"
 
 
-OURS = Contender("fastmrcnn", "ours", channels_last=True)
+OURS = Contender("fastmrcnn", "ours")
 SHIPPED = Contender("torchvision", "shipped")
-AMP = Contender("torchvision", "tuned", "bfloat16", channels_last=True)
-CONTENDERS = [
-    OURS,
-    Contender("fastmrcnn", "ours", "bfloat16", channels_last=True),
-    SHIPPED,
-    Contender("torchvision", "tuned", channels_last=True),
-    AMP,
-]
+TUNED = Contender("torchvision", "tuned")
+AMP = Contender("torchvision", "tuned", "bfloat16")
+CONTENDERS = [OURS, Contender("fastmrcnn", "ours", "bfloat16"), SHIPPED, TUNED, AMP]
 
 
 class TorchvisionLearner:
@@ -171,27 +164,30 @@ class Ours:
         return self.learner.learn([batch], (0, self.steps))
 
 
+def on_device(
+    images: Sequence[Tensor], targets: Sequence[Target], device: torch.device | str
+) -> tuple[list[Tensor], list[Target]]:
+    """Images and all tensors of targets on `device`, copied as in the reference scripts."""
+    moved = [{name: x.to(device) if isinstance(x, Tensor) else x for name, x in target.items()} for target in targets]
+    return [image.to(device) for image in images], moved
+
+
 class Theirs:
     """torchvision's step over one batch, again and again; the learning rate is 0, so that each is the same work."""
 
-    def __init__(
-        self, model: nn.Module, data: Shapes, precision: Precision = "float32", channels_last: bool = False
-    ) -> None:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
+    def __init__(self, model: nn.Module, data: Shapes, precision: Precision = "float32", tuned: bool = False) -> None:
+        layout = torch.channels_last if tuned else torch.contiguous_format
         self.model = copy.deepcopy(model).to(memory_format=layout)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
+        fused = True if tuned and device_name() == "cuda" else None
+        optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4, fused=fused)
         self.learner = TorchvisionLearner(self.model, optimizer, precision)
         self.samples = [data[i] for i in range(len(data))]
 
     def load(self) -> tuple[list[Tensor], list[Target]]:
-        """The batch on the device, copied as in the reference scripts."""
+        """The batch on the device."""
         images, targets = zip(*self.samples, strict=True)
-        moved = [
-            {name: value.to(device_name()) if isinstance(value, Tensor) else value for name, value in target.items()}
-            for target in targets
-        ]
-        return [image.to(device_name()) for image in images], moved
+        return on_device(images, targets, device_name())
 
     def step(self, batch: tuple[list[Tensor], list[Target]]) -> dict[str, Tensor]:
         """Losses of a step."""
@@ -205,7 +201,7 @@ def run_of(contender: Contender, model: nn.Module, data: Shapes) -> Run:
     """What `contender` does, from the weights of `model`, torchvision's."""
     if contender.role == "ours":
         return Ours(model, data, contender.precision)
-    return Theirs(model, data, contender.precision, contender.channels_last)
+    return Theirs(model, data, contender.precision, contender.role == "tuned")
 
 
 @contextlib.contextmanager

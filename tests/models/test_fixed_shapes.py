@@ -19,6 +19,7 @@ import fastmrcnn.batches
 import fastmrcnn.models.sampling
 import fastmrcnn_kernels.torchvision_ops
 from fastmrcnn import DetectionBatch, ImageBatch, ProposalBatch, TargetBatch
+from fastmrcnn.batches import PackedMasks
 
 FEW: dict[str, Any] = {
     "weights": None,
@@ -42,7 +43,11 @@ def fake_batch() -> tuple[ImageBatch, TargetBatch]:
         torch.rand(2, 5, 4),
         torch.ones(2, 5, dtype=torch.int64),
         torch.ones(2, dtype=torch.int64),
-        torch.zeros(2, 5, 128, 160, dtype=torch.uint8),
+        PackedMasks(
+            torch.zeros(2 * 5 * 120 * 5, dtype=torch.int32),
+            torch.zeros(2, dtype=torch.int64),
+            torch.full((2, 8), 120),
+        ),
         torch.rand(2, 5, 17, 3),
     )
     return images, targets
@@ -175,8 +180,8 @@ def with_garbage(batch: Any, slots: int, value: float) -> Any:
     filled = {}
     for field in fields(batch):
         old = getattr(batch, field.name)
-        if field.name == "count" or old is None:
-            continue
+        if field.name in ("count", "masks") or not isinstance(old, Tensor):
+            continue  # packed masks have no slots
         garbage = value if old.is_floating_point() else 1
         new = old.new_full((old.shape[0], old.shape[1] + slots, *old.shape[2:]), garbage)
         new[:, : old.shape[1]] = torch.where(used.view(*used.shape, *(1,) * (old.dim() - 2)), old, garbage)
