@@ -26,7 +26,8 @@ class DataConfig:
         workers: processes that load images.
         repeat_threshold: repeat-factor sampling (Gupta et al., 2019): images with a class that fewer than this share
             of the images have are drawn more often; by default all equally often.
-        aspect_groups: batches hold images of similar aspect ratio, of 2 x this + 1 groups; 0 mixes all.
+        aspect_groups: batches hold images of similar aspect ratio: of one group, of those that 2 x this + 1 ratios from
+            1/2 to 2 make; 0 mixes all.
     """
 
     train_images: Path
