@@ -1,6 +1,5 @@
 import gc
 import json
-import types
 
 import pytest
 import torch
@@ -9,10 +8,12 @@ from torch import nn
 
 import fastmrcnn.checkpoints
 import fastmrcnn.evaluate
+from fastmrcnn.checkpoints import ModelInfo
 from fastmrcnn.coco_eval import evaluate_coco
 from fastmrcnn.coco_records import detections_to_coco
 from fastmrcnn.data import Shapes
 from fastmrcnn.evaluate import EvaluateConfig, evaluate, match_categories, run
+from fastmrcnn.models.config import ModelConfig
 
 
 class Echo(nn.Module):
@@ -227,7 +228,7 @@ def files(shapes, tmp_path, monkeypatch):
     names = shapes.class_names[::-1]
     for target in model.known.values():
         target["labels"] = len(names) + 1 - target["labels"]
-    info = types.SimpleNamespace(class_names=names, category_ids=[1, 2, 3])
+    info = ModelInfo(ModelConfig(), names, [1, 2, 3])
     monkeypatch.setattr(fastmrcnn.checkpoints, "load_model", lambda path, device: (model, info), raising=False)
     return tmp_path
 

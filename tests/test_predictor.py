@@ -237,10 +237,10 @@ def test_files_are_read_while_the_model_works(tmp_path: Path, monkeypatch: pytes
     fourth_is_read = threading.Event()
     load = fastmrcnn.inputs.load_image
 
-    def noted(path: Any) -> Tensor:
+    def noted(path: Any, **options: Any) -> Tensor:
         if path == paths[3]:
             fourth_is_read.set()
-        return load(path)
+        return load(path, **options)
 
     monkeypatch.setattr(fastmrcnn.inputs, "load_image", noted)
     stream = Predictor(Fake(), workers=2).stream(paths)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmrcnn.training.config import LogConfig
-from fastmrcnn.training.progress import Progress
+from fastmrcnn.training.progress import Progress, say
 from fastmrcnn.training.readings import Reading, Readings, nonfinite
 from fastmrcnn.training.records import Records
 from fastmrcnn.training.speed import Speed, Speedometer
@@ -132,7 +132,7 @@ def one_of_two(folder, rank):
             records.add(found)
             progress.update(6)
             progress.show(records.write_train(1, 0.1, Speed(4.0, 0.5, None)))
-            progress.write("a message")
+            say("a message")
             records.write_epoch(1, 0.1, 2.0)
         (folder / f"{rank}.json").write_text(json.dumps([found, speedometer._images]))
         dist.destroy_process_group()
