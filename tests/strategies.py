@@ -3,7 +3,7 @@ how often kernels are tried on them."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import Phase, settings
@@ -20,6 +20,19 @@ def examples(compiled: int, *, interpreted: int) -> settings:
         return settings(max_examples=compiled)
     return settings(max_examples=interpreted, phases=(Phase.explicit, Phase.generate))
 
+
+SAMPLERS: list[dict[str, Any]] = [
+    {"sampling_ratio": 2},
+    {"sampling_ratio": 2, "aligned": True},
+    {"sampling_ratio": 3, "aligned": True},
+    {"sampling_ratio": 0},
+    {"sampling_ratio": -1, "aligned": True},
+    {"sampling_ratio": 1, "interpolation": "bicubic"},
+    {"sampling_ratio": 0, "interpolation": "bicubic", "aligned": True},
+    {"sampling": "corner"},
+    {"sampling": "corner", "interpolation": "bicubic", "aligned": True},
+]
+"""Of RoIAlign: every way of sampling."""
 
 ODD_BOXES = [
     [0.0, 0.0, 0.0, 0.0],

@@ -14,6 +14,7 @@ from fastmrcnn_kernels import (
     library,
     numpy_bits,
     numpy_mask_targets,
+    torch_roi_align,
     torchvision_images,
     torchvision_masks,
     torchvision_ops,
@@ -33,7 +34,7 @@ from fastmrcnn_kernels.reference import roi_align as reference_roi_align
 from fastmrcnn_kernels.reference import roi_pool as reference_roi_pool
 from fastmrcnn_kernels.reference import soft_nms as reference_soft_nms
 
-Impl = Literal["auto", "reference", "triton", "torchvision", "numpy"]
+Impl = Literal["auto", "reference", "triton", "torchvision", "torch", "numpy"]
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,11 +43,13 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "roi_align": {
         "reference": reference_roi_align.roi_align,
         "torchvision": torchvision_ops.roi_align,
+        "torch": torch_roi_align.roi_align,
         "triton": library.roi_align,
     },
     "multilevel_roi_align": {
         "reference": reference_roi_align.multilevel_roi_align,
         "torchvision": torchvision_ops.multilevel_roi_align,
+        "torch": torch_roi_align.multilevel_roi_align,
         "triton": library.multilevel_roi_align,
     },
     "roi_pool": {

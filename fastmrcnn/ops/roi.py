@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastmrcnn.ops.checks import as_rois, check, check_pyramid, pair
 from fastmrcnn.ops.implementations import Impl, choose_kernel
+from fastmrcnn_kernels.host import on_host
 from fastmrcnn_kernels.reference.roi_align import assign_levels
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -29,7 +30,8 @@ def _choose_sampler(
     usual = interpolation == "bilinear" and sampling == "average"
     if impl == "torchvision" and not usual:
         raise NotImplementedError("impl='torchvision' has interpolation='bilinear' with sampling='average' only")
-    return choose_kernel(op, impl, features, "torchvision" if usual else "reference")
+    without_kernel = "torch" if on_host(features) else "torchvision" if usual else "reference"
+    return choose_kernel(op, impl, features, without_kernel)
 
 
 def roi_align(
