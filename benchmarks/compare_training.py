@@ -86,7 +86,7 @@ class TorchvisionTraining:
         config = self.config = ours.config
         self.ours, self.device = ours, ours.device
         self.model = as_torchvision(ours.model).to(memory_format=torch.contiguous_format)
-        optimizer = build_optimizer(self.model, config.optim, ours.lr, self.device)
+        optimizer = build_optimizer(self.model, config.optim, ours.lr)
         self.learner = TorchvisionLearner(self.model, optimizer, config.precision, config.optim.clip_norm)
         self.batches = copy.copy(ours.batches)
         workers = config.data.workers

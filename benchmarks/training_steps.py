@@ -144,7 +144,7 @@ class Ours:
     def __init__(self, model: nn.Module, data: Shapes, precision: Precision = "float32") -> None:
         self.model = as_ours(model).to(memory_format=torch.channels_last)
         options = OptimConfig()
-        optimizer = build_optimizer(self.model, options, 0.0, device_name())
+        optimizer = build_optimizer(self.model, options, 0.0)
         self.learner = Learner(self.model, optimizer, options, precision)
         transform = self.model.transform
         items = TrainingItems(data, 0, None, Resize(transform.min_size, transform.max_size))

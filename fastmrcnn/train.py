@@ -166,7 +166,7 @@ class Training:
             say(str(load_weights(model, config.init)))
         self.model = model.to(device=device, memory_format=torch.channels_last).train()
         average = None if optim.ema is None else WeightAverage(model, optim.ema)
-        optimizer = build_optimizer(model, optim, self.lr, device)
+        optimizer = build_optimizer(model, optim, self.lr)
         self.learner = Learner(model, optimizer, optim, config.precision, average)
         self.best = Best(config.patience)
 

@@ -39,15 +39,12 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     ]
 
 
-def build_optimizer(
-    model: nn.Module, config: OptimConfig, lr: float, device: torch.device | str
-) -> torch.optim.Optimizer:
-    """The optimiser of `config` at learning rate `lr` for a `model` on `device`; on a GPU one launch updates all."""
+def build_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    """The optimiser of `config` at learning rate `lr` for `model`: on a GPU one launch updates all weights."""
     groups = parameter_groups(model, config)
-    fused = True if torch.device(device).type == "cuda" else None
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, fused=fused)
-    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=fused)
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
+    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
 
 
 def learning_rate(config: OptimConfig, images_per_step: int) -> float:

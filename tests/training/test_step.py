@@ -42,8 +42,7 @@ def model(**changes: Any) -> GeneralizedRCNN:
 
 def learner(network: GeneralizedRCNN, **options: Any) -> Learner:
     precision = options.pop("precision", "float32")
-    fused = options.pop("fused", None)
-    sgd = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.01, 0.9, fused=fused)
+    sgd = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.01, 0.9, fused=True)
     return Learner(network, sgd, OptimConfig(**options), precision)
 
 
