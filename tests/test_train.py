@@ -45,9 +45,9 @@ def test_writes_checkpoints_and_metrics(tmp_path: Path) -> None:
 def test_overfits(tmp_path: Path) -> None:
     """Eight images are learned by heart: whatever is wrong between pixels and weights shows here.
 
-    Masks of objects of 10 to 30 pixels, seen by features of four pixels a cell, reach less than boxes do.
+    Of 128 pixels: in 64 the mask head's own targets, pasted, have an average precision of 0.88.
     """
-    data = Shapes(8, image_size=(64, 64), max_objects=2, tinted=True)
+    data = Shapes(8, image_size=(128, 128), max_objects=2, tinted=True)
     options = config(
         tmp_path,
         steps=150,
@@ -55,15 +55,16 @@ def test_overfits(tmp_path: Path) -> None:
         evaluate_every=1000,
         augment=AugmentConfig(flip=0.0),
         optim=OptimConfig(
-            "adamw", 0.001, lr_batch=0, weight_decay=0.0, warmup_steps=20, schedule="cosine", clip_norm=5
+            "adamw", 0.0015, lr_batch=0, weight_decay=0.0, warmup_steps=20, schedule="cosine", clip_norm=5
         ),
         log=LogConfig(every=50),
     )
-    options.model.box_samples = 32
+    options.model.min_size = options.model.max_size = 128
+    options.model.box_samples, options.model.norm = 32, "group"
     train(options, data, data)
     metrics = records(tmp_path, "epoch")[-1]["metrics"]
     assert metrics["bbox"]["AP"] > 0.9
-    assert metrics["segm"]["AP"] > 0.8
+    assert metrics["segm"]["AP"] > 0.9
 
 
 def test_steps_instead_of_epochs(tmp_path: Path) -> None:
