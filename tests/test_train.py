@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,36 @@ def folder(tmp_path: Path) -> DataConfig:
         Image.fromarray(array).save(tmp_path / "images" / record["file_name"])
     (tmp_path / "shapes.json").write_text(json.dumps(data.coco))
     return DataConfig(tmp_path / "images", tmp_path / "shapes.json", workers=0)
+
+
+def test_keypoints_are_learned_and_measured(folder: DataConfig, tmp_path: Path) -> None:
+    """The corners of boxes as keypoints, measured by their similarity (OKS)."""
+    assert folder.train_annotations is not None
+    coco = json.loads(folder.train_annotations.read_text())
+    for category in coco["categories"]:
+        category["keypoints"] = ["top left", "bottom right"]
+    for annotation in coco["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        annotation |= {"keypoints": [x, y, 2, x + width, y + height, 1], "num_keypoints": 2}
+    folder.train_annotations.write_text(json.dumps(coco))
+    folder.val_annotations = folder.train_annotations
+    options = config(tmp_path / "run", data=folder, steps=1)
+    options.model = replace(
+        options.model,
+        name="keypointrcnn_resnet50_fpn",
+        box_samples=4,
+        proposals=10,
+        detections_per_image=2,
+        anchor_sizes=None,
+    )
+    best = run(options)
+    assert losses(tmp_path / "run")[0][1]["loss_keypoint"] > 0
+    (epoch,) = records(tmp_path / "run", "epoch")
+    assert set(epoch["metrics"]) == {"bbox", "keypoints"}
+    assert 0 <= epoch["metrics"]["keypoints"]["AP"] <= 1
+    model, info = load_model(best)
+    assert info.num_keypoints == 2
+    assert model.roi_heads.keypoint_predictor.kps_score_lowres.out_channels == 2
 
 
 def test_an_earlier_run_is_not_overwritten(folder: DataConfig, tmp_path: Path) -> None:
