@@ -34,8 +34,8 @@ Ints = NDArray[np.int64]
 class Axis(NamedTuple):
     """Rows, or columns, of masks that are seen in R boxes: first, one after the last, and their weights [R, M, L].
 
-    Of the rows that are seen in the window, by their number among these.  Weight k is that of row `first` + k; both
-    ends are 0 where no row is seen.
+    Of the rows that are seen in the window, by their number among these.  Weight k is that of row `first` + k; `end`
+    is 0 where no row is seen.
     """
 
     first: list[int]
@@ -127,7 +127,6 @@ def seen(low: Floats, high: Floats, bins: int, source: Ints) -> Axis:
     begin, end = np.full(len(low), np.iinfo(np.int64).max), np.zeros(len(low), np.int64)
     np.minimum.at(begin, box, near)
     np.maximum.at(end, box, far + 1)
-    begin = np.minimum(begin, end)
     span = int((end - begin).max(initial=0))
     place = b * span - begin[box]
     place = np.concatenate((place + near, place + far))

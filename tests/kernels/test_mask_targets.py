@@ -187,17 +187,21 @@ def test_a_window_is_a_map_of_its_own(impl: ops.Impl) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("size", "larger", "at"), [(3, 75, 25), (6, 74, 37), (21, 69, 46), (26, 22, 11)])
-def test_pixels_are_chosen_in_float32(impl: ops.Impl, size: int, larger: int, at: int) -> None:
-    """Where float32 rounds the place of a pixel to an integer, or down from one, and so does PyTorch."""
+@pytest.mark.parametrize(("size", "larger", "at"), [(3, 75, 25), (6, 74, 37), (21, 69, 46), (26, 22, 11), (3, 75, 50)])
+@pytest.mark.parametrize("before", [0, 1])
+def test_pixels_are_chosen_in_float32(impl: ops.Impl, before: int, size: int, larger: int, at: int) -> None:
+    """Where float32 rounds the place of a pixel to an integer, or down from one, and so does PyTorch.
+
+    That of a window's pixel is computed at once, not from that of the first: the window begins so many `before`.
+    """
     numbers = torch.arange(size).float().view(1, 1, size, 1)
     seen = functional.interpolate(numbers, size=(larger, 1), mode="nearest")[0, 0, at, 0] == torch.arange(size)
     assert seen.nonzero().item() in (at * size // larger, at * size // larger - 1)
     one = torch.ones(1, 1, dtype=torch.int64)
     case = Case(
         [(seen[:, None] & seen)[None]],
-        torch.tensor([[size, size, larger, larger, at, at, 1, 1]]),
-        torch.tensor([[[0.0, 0, 1, 1]]]),
+        torch.tensor([[size, size, larger, larger, at - before, at - before, before + 1, before + 1]]),
+        torch.tensor([[[before - 0.5, before - 0.5, before + 0.5, before + 0.5]]]),
         one - 1,
         one > 0,
     )
@@ -220,19 +224,26 @@ NOTHING = [
     [torch.inf, 1, 5, 5],
     [1, -torch.inf, 5, 5],
     [1, 1, torch.inf, torch.inf],
+    [1, 1, -torch.inf, 5],
+    [1, 1, 5, -torch.inf],
     [-3e38, 1, 3e38, 5],
+    [1, -3e38, 5, 3e38],
     [1e6, 1e6, 1e6 + 7, 1e6 + 9],
 ]
 
 
 @pytest.mark.parametrize("impl", ["numpy", "triton"])
-def test_boxes_as_hostile_as_they_come(impl: ops.Impl) -> None:
+@pytest.mark.parametrize("size", [1, 2])
+def test_boxes_as_hostile_as_they_come(impl: ops.Impl, size: int) -> None:
     found = torch.tensor([HOSTILE])
     matched = torch.arange(len(HOSTILE))[None] % 2
     case = ellipses(9, 37, boxes=found, matched=matched, valid=matched >= 0)
-    exact, expected = targets(case, 2, "reference", wide=True), targets(case, 2, "reference")
+    case.masks[0][0] = True  # so that every sample shows
+    exact, expected = targets(case, size, "reference", wide=True), targets(case, size, "reference")
     assert expected[0, 0].amax() > 0
-    assert_within_budget(targets(case, 2, impl), expected, exact)
+    assert_within_budget(targets(case, size, impl), expected, exact)
+    if impl == "numpy":
+        assert_exact_arithmetic(targets(case, size, impl, wide=True), exact)
 
 
 def test_hostile_boxes_are_no_reason_for_warnings() -> None:
@@ -246,7 +257,8 @@ def test_hostile_boxes_are_no_reason_for_warnings() -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_boxes_that_are_not_finite_or_show_nothing_give_zeros(impl: ops.Impl) -> None:
     matched = torch.zeros(1, len(NOTHING), dtype=torch.int64)
-    case = ellipses(9, 37, boxes=torch.tensor([NOTHING]), matched=matched, valid=matched == 0)
+    full = [torch.ones(1, 9, 37, dtype=torch.bool)]
+    case = ellipses(9, 37, masks=full, boxes=torch.tensor([NOTHING]), matched=matched, valid=matched == 0)
     assert (targets(case, 3, impl) == 0).all()
 
 
@@ -280,11 +292,16 @@ def test_memory_layout_changes_nothing(impl: ops.Impl) -> None:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_nothing_to_do(impl: ops.Impl) -> None:
-    """No slots, no images, and an image without objects, whose view may be anything."""
+    """No slots, a window of no pixels, no images, and an image without objects, whose view may be anything."""
     case = ellipses(9, 37)
     assert targets(
         case._replace(boxes=case.boxes[:, :0], matched=case.matched[:, :0], valid=case.valid[:, :0]), 3, impl
     ).shape == (*(1, 0, 3, 3),)
+    seen = torch.tensor([[9, 37, 9, 37, 0, 0, 0, 37], [9, 37, 9, 37, 0, 0, 9, 0], [9, 37, 9, 37, 0, 0, 1, 1]])
+    everything = torch.ones(3, 1, 9, 37, dtype=torch.bool)
+    at_the_corner, one = torch.tensor([[[-0.5, -0.5, 0.5, 0.5]]]).repeat(3, 1, 1), torch.ones(3, 1)
+    pooled = targets(Case(list(everything), seen, at_the_corner, one.long() - 1, one.bool()), 1, impl)
+    assert pooled.flatten().tolist() == [0, 0, 1]
     none = Case([], *(x[:0] for x in case[1:]))
     assert targets(none, 3, impl).shape == (0, 2, 3, 3)
     for view in (

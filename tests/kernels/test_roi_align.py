@@ -84,7 +84,18 @@ def test_padding_and_boxes_that_are_not_finite_give_zeros(impl: ops.Impl, ratio:
     maps = torch.randn(2, 3, 8, 8, requires_grad=True)
     nan, inf = torch.nan, torch.inf
     rois = torch.tensor(
-        [[-1, 1, 1, 6, 6], [0, nan, 1, 6, 6], [0, nan, nan, nan, nan], [2, 1, 1, 6, 6], [-1, nan, inf, 0, 0]]
+        [
+            [-1, 1, 1, 6, 6],
+            [0, nan, 1, 6, 6],
+            [0, nan, nan, nan, nan],
+            [2, 1, 1, 6, 6],
+            [-1, nan, inf, 0, 0],
+            [0, 1, 1, inf, 6],
+            [0, 1, 1, -inf, 6],
+            [0, 1, 1, 6, -inf],
+            [0, -inf, 1, 6, 6],
+            [0, 1, -inf, 6, 6],
+        ]
     )
     pooled = ops.roi_align(maps, rois, 3, 1.0, ratio, impl=impl)
     assert (pooled == 0).all()

@@ -96,7 +96,7 @@ def roi_align(
     num_images, channels, height, width = features.shape
     dtype = torch.promote_types(features.dtype, torch.float32)
     image, boxes = rois[:, 0], rois[:, 1:].detach().to(dtype) * spatial_scale - (0.5 if aligned else 0.0)
-    present = (image >= 0) & (image < num_images)
+    present = (image >= 0) & (image < num_images) & rois[:, 1:].isfinite().all(dim=1)
     image = torch.where(present, image, 0).to(torch.int64)
     extent = boxes[:, 2:] - boxes[:, :2]
     if not aligned and sampling == "average":

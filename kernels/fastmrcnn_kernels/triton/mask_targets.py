@@ -127,7 +127,6 @@ def _mask_targets_kernel(
     for begin in range(0, columns, CELLS):
         x = first_x + begin + lane // ACROSS
         weight_x = bin_weight(x, q, start_x, size_x, wide, 0, False, False)
-        weight_x = tl.where(q < M, weight_x, 0.0)
         column = _nearest(x, left, width, resized_width)
         word = column // WORD
         bit = 1 << column % WORD
