@@ -75,6 +75,23 @@ def rois(draw: st.DrawFn, images: int, *, limit: float = torch.inf, inverted: bo
     return torch.cat((index, found if inverted else ordered(found)), dim=1)
 
 
+def extreme_rois(height: int, width: int) -> Tensor:
+    """RoIs [R, 5] of a map: all of it and more, points, inverted ones, coordinates that leave float32 no fractions."""
+    return torch.tensor(
+        [
+            [0, 0, 0, width, height],
+            [0, -0.5, -0.5, width - 0.5, height - 0.5],
+            [0, -20_000, -20_000, 20_000, 20_000],
+            [0, 0, 0, 40_000, 40_000],
+            [0, 39_990, 39_990, 40_000, 40_000],
+            [0, 0.5, 0.5, 0.5, 0.5],
+            [0, 9, 9, -4, -2],
+            [0, -1e30, -1e30, 1e30, 1e30],
+            [0, 3e38, -3e38, -3e38, 3e38],
+        ]
+    )
+
+
 @st.composite
 def scores(draw: st.DrawFn, count: int) -> Tensor:
     """Scores [count] float32: often tied, some of them NaN, infinite or a negative zero."""

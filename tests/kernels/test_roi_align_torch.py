@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SAMPLERS, boxes, features, rois
+from strategies import SAMPLERS, boxes, extreme_rois, features, rois
 from tolerances import assert_exact_arithmetic, assert_within_budget
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -46,23 +46,10 @@ def test_equals_the_reference(sampler: dict[str, Any], data: st.DataObject, scal
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 def test_extreme_rois(sampler: dict[str, Any]) -> None:
-    """The whole map and more, points, coordinates that float32 holds no fractions of, and maps of one cell."""
     found = []
-    for height, width in [(1, 1), (1, 9), (9, 1), (8, 8)]:
-        maps = torch.randn(1, 2, height, width, generator=torch.Generator().manual_seed(0))
-        rois = torch.tensor(
-            [
-                [0, 0, 0, width, height],
-                [0, -0.5, -0.5, width - 0.5, height - 0.5],
-                [0, -20_000, -20_000, 20_000, 20_000],
-                [0, 0, 0, 40_000, 40_000],
-                [0, 39_990, 39_990, 40_000, 40_000],
-                [0, 0.5, 0.5, 0.5, 0.5],
-                [0, -1e30, -1e30, 1e30, 1e30],
-                [0, 3e38, -3e38, -3e38, 3e38],
-                [0, 9, 9, -4, -2],
-            ]
-        )
+    for size in [(1, 1), (1, 9), (9, 1), (8, 8)]:
+        maps = torch.randn(1, 2, *size, generator=torch.Generator().manual_seed(0))
+        rois = extreme_rois(*size)
 
         def run(impl: ops.Impl, maps: Tensor, rois: Tensor) -> Tensor:
             pooled = results([maps], lambda x: ops.roi_align(x[0], rois, 3, **sampler, impl=impl))
