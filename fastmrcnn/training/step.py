@@ -72,8 +72,9 @@ class Learner:
         self.scaler = torch.amp.GradScaler(device, init_scale=65536.0 if self.scales else 1.0)
         self.losses: nn.Module = Losses(model, precision)
         if world_size() > 1:
-            # The same graph in every step, in which each learning parameter takes part: DDP need not look for others.
-            # Buffers are statistics of norms, brought together when they are used (`share_buffers`).
+            # The same graph in every step, in which each learning parameter takes part: DDP need not look for others,
+            # nor, where it can be told so (not with `no_sync`: pytorch/pytorch#143580), watch for changes.  Buffers are
+            # statistics of norms, brought together when they are used (`share_buffers`).
             self.losses = DistributedDataParallel(
                 self.losses, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=config.accumulate == 1
             )

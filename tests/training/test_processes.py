@@ -91,7 +91,6 @@ def test_two_processes_are_one_with_twice_the_batch(several: Path, tmp_path: Pat
     """But for chance, which anchors and proposals are drawn, and for the loss being the mean of two means."""
     train(options(tmp_path, batch_size=4, accumulate=1), shapes(IMAGES), shapes(3, seed=1))
     found, expected = ([sum(values.values()) for _, values in losses(run)] for run in (several, tmp_path))
-    print([round(a / b - 1, 4) for a, b in zip(found, expected, strict=True)])
     assert found == pytest.approx(expected, rel=0.1)
     assert expected[-1] < 0.9 * expected[0]
 

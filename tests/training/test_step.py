@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,8 +37,7 @@ def batches(count: int, size: int = 2) -> list[LoadedBatch]:
 
 def model(**changes: Any) -> GeneralizedRCNN:
     torch.manual_seed(0)
-    wanted = config(None, **changes).model  # type: ignore[arg-type]
-    return build_model(wanted, 4).train()
+    return build_model(config(Path(), **changes).model, 4).train()
 
 
 def learner(network: GeneralizedRCNN, **options: Any) -> Learner:
