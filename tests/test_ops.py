@@ -120,7 +120,7 @@ def test_an_explicit_request_never_falls_back(op: str, monkeypatch: pytest.Monke
 
 
 def test_automatic_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's, or NumPy, where there is one: those are faster there."""
+    """PyTorch's own, torchvision's, or NumPy, where there is one: those are faster there."""
     chosen = []
     for op, available in implementations.IMPLEMENTATIONS.items():
         for name, run in available.items():
@@ -134,7 +134,7 @@ def test_automatic_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         call()
     called = [ALSO_CALLED.get(op, op) for op in ALL]
     for op, name in zip(called, (name for op, name in chosen if op in called), strict=True):
-        fast = [other for other in ("torchvision", "numpy") if other in implementations.IMPLEMENTATIONS[op]]
+        fast = [other for other in ("torch", "torchvision", "numpy") if other in implementations.IMPLEMENTATIONS[op]]
         assert name == (fast or ["reference"])[0], op
     assert [op for op, _ in chosen if op in called] == called
 
@@ -333,7 +333,7 @@ def test_signatures_of_torchvision() -> None:
     """Positional calls of torchvision's functions work unchanged."""
     maps, rois, scores = torch.rand(1, 2, 9, 9), torch.tensor([[0, 1.0, 1, 7, 8], [0, 2, 2, 5, 9]]), torch.rand(2)
     arguments = (maps, rois, (2, 3), 0.5, 2, True)
-    assert torch.equal(ops.roi_align(*arguments), torchvision.ops.roi_align(*arguments))
+    torch.testing.assert_close(ops.roi_align(*arguments), torchvision.ops.roi_align(*arguments))
     assert torch.equal(ops.nms(rois[:, 1:], scores, 0.5), torchvision.ops.nms(rois[:, 1:], scores, 0.5))
     groups = (rois[:, 1:], scores, torch.tensor([3, 3]), 0.5)
     assert torch.equal(ops.batched_nms(*groups), torchvision.ops.batched_nms(*groups))
