@@ -5,7 +5,8 @@ Signatures are torchvision's where it has the operation.  Every function takes `
 - `"auto"`: the fastest implementation for the device of the inputs;
 - `"reference"`: plain PyTorch, the specification, any device, float64-capable;
 - `"torchvision"`: torchvision's own code, where it has the same semantics, or its method;
-- `"numpy"`: bit operations on a CPU;
+- `"torch"`: RoIAlign on a CPU, as a sparse matrix;
+- `"numpy"`: bits, and what is made of them, on a CPU;
 - `"triton"`: the GPU kernels.
 
 Asking for an implementation that is not there raises NotImplementedError; an explicit request never falls back.
