@@ -143,7 +143,8 @@ def main() -> None:
 
     torch.set_num_threads(1)  # as in workers
     dataset = CocoDetection(options.images, options.annotations, as_bytes=True)
-    del dataset.image_ids[options.limit :]
+    if options.limit is not None:
+        del dataset.image_ids[options.limit :]
     annotations = with_numbers(dataset.coco)
     differs = differing(dataset, by_reference(options.images, annotations, 1.0), min(100, len(dataset)))
     theirs = by_reference(options.images, annotations, 0.5)
