@@ -39,7 +39,7 @@ which of two overlapping proposals stays, or which one is the last of 200, means
 
 
 class Contender(NamedTuple):
-    """Whose step, and how it is run: "tuned" is channels_last, and on a GPU has one launch per update."""
+    """Whose step, and how it is run: "tuned" is channels_last, with one launch per update."""
 
     name: str
     role: str
@@ -179,8 +179,7 @@ class Theirs:
         layout = torch.channels_last if tuned else torch.contiguous_format
         self.model = copy.deepcopy(model).to(memory_format=layout)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        fused = True if tuned and device_name() == "cuda" else None
-        optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4, fused=fused)
+        optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4, fused=tuned or None)
         self.learner = TorchvisionLearner(self.model, optimizer, precision)
         self.samples = [data[i] for i in range(len(data))]
 

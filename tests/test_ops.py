@@ -333,7 +333,9 @@ def test_signatures_of_torchvision() -> None:
     """Positional calls of torchvision's functions work unchanged."""
     maps, rois, scores = torch.rand(1, 2, 9, 9), torch.tensor([[0, 1.0, 1, 7, 8], [0, 2, 2, 5, 9]]), torch.rand(2)
     arguments = (maps, rois, (2, 3), 0.5, 2, True)
-    torch.testing.assert_close(ops.roi_align(*arguments), torchvision.ops.roi_align(*arguments))
+    expected = torchvision.ops.roi_align(*arguments)
+    assert torch.equal(ops.roi_align(*arguments, impl="torchvision"), expected)
+    torch.testing.assert_close(ops.roi_align(*arguments), expected)
     assert torch.equal(ops.nms(rois[:, 1:], scores, 0.5), torchvision.ops.nms(rois[:, 1:], scores, 0.5))
     groups = (rois[:, 1:], scores, torch.tensor([3, 3]), 0.5)
     assert torch.equal(ops.batched_nms(*groups), torchvision.ops.batched_nms(*groups))

@@ -64,7 +64,7 @@ def cases(
     seed = draw(st.integers(0, 2**31))
     random, generator = Random(seed), torch.Generator().manual_seed(seed)
     shown = torch.tensor([random_view(random, longest) for _ in range(2)])
-    # Some are solid, others noise; the words of one object must not be mistaken for another's.
+    # Some are nearly solid, others noise; the words of one object must not be mistaken for another's.
     found = [
         torch.rand(random.choice([0, 1, 2, 3]), height, width, generator=generator) < random.choice([0.5, 0.9])
         for height, width in shown[:, :2].tolist()

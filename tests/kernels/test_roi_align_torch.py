@@ -46,17 +46,21 @@ def test_equals_the_reference(sampler: dict[str, Any], data: st.DataObject, scal
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 def test_extreme_rois(sampler: dict[str, Any]) -> None:
-    found = []
+    kinds: list[list[list[Tensor]]] = []
     for size in [(1, 1), (1, 9), (9, 1), (8, 8)]:
         maps = torch.randn(1, 2, *size, generator=torch.Generator().manual_seed(0))
         rois = extreme_rois(*size)
 
-        def run(impl: ops.Impl, maps: Tensor, rois: Tensor) -> Tensor:
-            pooled = results([maps], lambda x: ops.roi_align(x[0], rois, 3, **sampler, impl=impl))
-            return torch.cat([x.flatten() for x in pooled])
+        def run(impl: ops.Impl, maps: Tensor, rois: Tensor) -> list[Tensor]:
+            found = results([maps], lambda x: ops.roi_align(x[0], rois, 3, **sampler, impl=impl))
+            return [x.flatten() for x in found]
 
-        found.append((run("torch", maps, rois), run("reference", maps, rois), run("reference", maps.double(), rois)))
-    assert_within_budget(*(torch.cat(kind) for kind in zip(*found, strict=True)))
+        exact = run("reference", maps.double(), rois)
+        for one, other in zip(run("torch", maps.double(), rois), exact, strict=True):
+            assert_exact_arithmetic(one, other, scale=20)
+        kinds.append([run("torch", maps, rois), run("reference", maps, rois), exact])
+    for pooled_or_gradient in (0, 1):
+        assert_within_budget(*(torch.cat([x[pooled_or_gradient] for x in kind]) for kind in zip(*kinds, strict=True)))
 
 
 @given(found=boxes(20, extent=300.0, not_finite=True), given_levels=st.booleans())

@@ -180,7 +180,7 @@ def with_garbage(batch: Any, slots: int, value: float) -> Any:
     filled = {}
     for field in fields(batch):
         old = getattr(batch, field.name)
-        if field.name in ("count", "masks") or not isinstance(old, Tensor):
+        if field.name == "count" or not isinstance(old, Tensor):
             continue  # packed masks have no slots
         garbage = value if old.is_floating_point() else 1
         new = old.new_full((old.shape[0], old.shape[1] + slots, *old.shape[2:]), garbage)

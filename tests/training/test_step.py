@@ -198,4 +198,5 @@ def test_lower_precision(precision: str) -> None:
     values = learner(network, precision=precision).learn([batch], (0, 0))
     assert set(seen) == {getattr(torch, precision)}
     assert all(value.dtype == torch.float32 for value in values.values())
-    assert all(value.isfinite() for name, value in values.items() if name != "grad_norm")  # the scale is to be found
+    unknown = {"grad_norm"} if precision == "float16" else set()  # where the scale is still to be found
+    assert all(value.isfinite() for name, value in values.items() if name not in unknown)
