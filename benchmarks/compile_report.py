@@ -33,6 +33,7 @@ from triton.runtime import jit
 
 from fastmrcnn_kernels.sampler import Sampler
 from fastmrcnn_kernels.triton.box_coding import decode_boxes, decode_proposals, encode_boxes
+from fastmrcnn_kernels.triton.canvases import clear_beyond_
 from fastmrcnn_kernels.triton.detections import select_detections
 from fastmrcnn_kernels.triton.images import resize_images
 from fastmrcnn_kernels.triton.mask_iou import mask_iou
@@ -81,6 +82,20 @@ def roi_align(
     roi_align_backward(pooled, rois, None, 2, heights, widths, *semantics)
 
 
+def canvases(dtype: torch.dtype) -> None:
+    """Of two images, in maps and in a slice of them; and pooling of what belongs to each."""
+    size = torch.ones(2, 2, dtype=torch.int64)
+    maps = torch.empty(2, 256, 200, 336, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    clear_beyond_(maps, size, 4, 0.0)
+    clear_beyond_(maps[:, :3], size, 4, -torch.inf)
+    features, semantics = (
+        [torch.empty(2, 256, *shape, dtype=dtype) for shape in SHAPES],
+        Sampler(2, False, False, False),
+    )
+    extents = torch.ones(2, 4, 2, dtype=torch.int64)
+    roi_align_forward(features, torch.empty(100, 5), None, (7, 7), SCALES, semantics, BOUNDS, extents)
+
+
 def roi_pool(dtype: torch.dtype) -> None:
     """Forward and backward on the coarsest map of a backbone without a pyramid."""
     features, rois = torch.empty(2, 256, 50, 84, dtype=dtype), torch.empty(100, 5)
@@ -102,7 +117,9 @@ def proposals(dtype: torch.dtype) -> None:
     scores, indices = topk_anchors(logits, 1000)
     base, strides = [torch.empty(3, 4)] * 5, [4, 8, 16, 32, 64]
     size = torch.ones(1, 2, dtype=torch.int64)
-    boxes, _ = decode_proposals(deltas, indices, scores, base, strides, strides, size, 1e-3, 0.0, (1.0, 1.0, 1.0, 1.0))
+    boxes, _ = decode_proposals(
+        deltas, indices, scores, base, strides, strides, None, size, 1e-3, 0.0, (1.0, 1.0, 1.0, 1.0)
+    )
     merge_levels(boxes, scores, indices, torch.empty(1, 5, dtype=torch.int64), 1000)
 
 
@@ -186,6 +203,7 @@ def _cases() -> dict[str, Callable[[], None]]:
         cases[f"detections {name} 91 classes"] = lambda d=dtype: detections(d, 91)
         cases[f"box coding {name}"] = lambda d=dtype: box_coding(d)
         cases[f"resize_images {name}"] = lambda d=dtype: images(d, 3)
+        cases[f"canvases {name}"] = lambda d=dtype: canvases(d)
     for name, gaussian in (("linear", False), ("gaussian", True)):
         cases[f"soft_nms {name} 2 x 1000"] = lambda g=gaussian: soft_nms(2, 1000, gaussian=g)
         cases[f"soft_nms {name} 2 x 10000 in groups"] = lambda g=gaussian: soft_nms(2, 10_000, gaussian=g, grouped=True)

@@ -70,15 +70,19 @@ def agreement(theirs: Sequence[dict[str, Tensor]], ours: Sequence[dict[str, Tens
     return min(ways)
 
 
-def have_twins(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+def have_twins(
+    a: dict[str, Tensor], b: dict[str, Tensor], *, iou: float = 0.99, score: float = 1e-3, mask: float = 1e-2
+) -> Tensor:
     """Which detections of `a` are in `b`, too: same label, IoU, score, mask and keypoints, bool [D]."""
-    same = pairwise_iou(a["boxes"], b["boxes"]) > 0.99
+    same = pairwise_iou(a["boxes"], b["boxes"]) > iou
     same &= a["labels"][:, None] == b["labels"]
-    same &= (a["scores"][:, None] - b["scores"]).abs() < 1e-3
+    same &= (a["scores"][:, None] - b["scores"]).abs() < score
     if "masks" in a:
         for i, j in same.nonzero().tolist():
             inside = (a["masks"][i] > 0) | (b["masks"][j] > 0)
-            same[i, j] = (a["masks"][i] - b["masks"][j]).abs()[inside].mean() < 1e-2 if inside.any() else True
+            same[i, j] = (
+                (a["masks"][i].float() - b["masks"][j].float()).abs()[inside].mean() < mask if inside.any() else True
+            )
     if "keypoints" in a:
         for i, j in same.nonzero().tolist():
             near = (a["keypoints"][i] - b["keypoints"][j]).abs().amax(dim=-1) < 1.0

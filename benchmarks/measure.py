@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torchvision
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmrcnn
 
@@ -78,6 +80,44 @@ def host_time(call: Callable[[], object], runs: int = 20, seconds: float = SECON
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return elapsed / done
+
+
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch is asked to do, views left out, and how often a value is read, or a shape depends on one.
+
+    For each of the latter a program waits for its GPU.
+    """
+
+    READS = ("_local_scalar_dense", "nonzero", "unique", "masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view and func.namespace != "prim"
+        name = func.name().removeprefix("aten::")
+        masks = name.startswith("index") and any(
+            isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8)
+            for x in (args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ())
+        )
+        self.reads += masks or name.startswith(self.READS)
+        return func(*args, **(kwargs or {}))
+
+
+def demands(call: Callable[[], object]) -> dict[str, int]:
+    """What `call`, which ran before, asks of the device: operations, values; on a GPU also kernels and waits for it."""
+    with Operations() as operations:
+        call()
+    found = {"operations": operations.count, "reads": operations.reads}
+    if device_name() == "cuda":
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            call()
+        names = [event.name for event in profiler.events()]
+        found["kernels"] = sum("LaunchKernel" in name for name in names)
+        found["waits"] = sum("StreamSynchronize" in name for name in names)
+    return found
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:

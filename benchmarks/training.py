@@ -5,8 +5,9 @@
 
 Reports the p20, p50 and p80 of the time that each stage took, and of the ratio of whole steps, pair by pair: where the
 speed of a machine drifts the ratio holds.  Beside them, what a step asks of the device: operations dispatched by
-PyTorch, views left out; on a GPU kernels launched and waits for it; and the most memory that a step has beyond what is
-there before, such as weights.  The run fails if the two learn differently, see `benchmarks.training_steps`.
+PyTorch, views left out, and values read; on a GPU kernels launched and waits for it; and the most memory that a step
+has beyond what is there before, such as weights.  The run fails if the two learn differently, see
+`benchmarks.training_steps`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.inputs import PHOTO
 from benchmarks.inputs import SMALL as SMALL_PHOTO
-from benchmarks.measure import PERCENTILES, conditions, device_name, percentiles
+from benchmarks.measure import PERCENTILES, conditions, demands, device_name, percentiles
 from benchmarks.report import markdown
 from benchmarks.training_steps import (
     CONTENDERS,
@@ -130,33 +130,6 @@ def in_turn(steps: dict[str, Callable[[], dict[str, float]]], rounds: int, warm_
     return found
 
 
-class Operations(TorchDispatchMode):
-    """Counts what PyTorch is asked to do, views left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view and func.namespace != "prim"
-        return func(*args, **(kwargs or {}))
-
-
-def demands(call: Callable[[], object]) -> dict[str, int]:
-    """What `call`, which ran before, asks of the device: operations, and on a GPU kernels and waits for it."""
-    with Operations() as operations:
-        call()
-    found = {"operations": operations.count}
-    if device_name() == "cuda":
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            call()
-        names = [event.name for event in profiler.events()]
-        found["kernels"] = sum("LaunchKernel" in name for name in names)
-        found["waits"] = sum("StreamSynchronize" in name for name in names)
-    return found
-
-
 def peak_memory(call: Callable[[], object]) -> int:
     """Bytes of tensors at most at a time that `call`, which ran before, adds to what is there before it.
 
@@ -223,7 +196,7 @@ def table(case: dict[str, Any]) -> str:
     for stage in [*STAGES, "step"]:
         times = [found["stages"][stage] for found in contenders.values()]
         rows.append([stage, *(" / ".join(f"{found[f'p{p}_us'] / 1e3:,.1f}" for p in PERCENTILES) for found in times)])
-    for key in ("operations", "kernels", "waits"):
+    for key in ("operations", "reads", "kernels", "waits"):
         counts = [found.get(key) for found in contenders.values()]
         if None not in counts:
             rows.append([key, *(f"{count:,}" for count in counts)])

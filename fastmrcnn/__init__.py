@@ -1,7 +1,9 @@
 """Mask R-CNN for PyTorch: torchvision's API, weights and results, with Triton kernels on the hot paths."""
 
 from fastmrcnn import ops
+from fastmrcnn.accelerate import accelerate
 from fastmrcnn.batches import DetectionBatch, ImageBatch, ProposalBatch, TargetBatch
+from fastmrcnn.engine import Engine, compile
 from fastmrcnn.models.builders import (
     fasterrcnn_mobilenet_v3_large_320_fpn,
     fasterrcnn_mobilenet_v3_large_fpn,
@@ -12,12 +14,14 @@ from fastmrcnn.models.builders import (
     maskrcnn_resnet50_fpn_v2,
 )
 from fastmrcnn.models.mask_rcnn import FasterRCNN, KeypointRCNN, MaskRCNN
+from fastmrcnn.patching import patch_torchvision
 from fastmrcnn.predictor import Prediction, Predictor
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DetectionBatch",
+    "Engine",
     "FasterRCNN",
     "ImageBatch",
     "KeypointRCNN",
@@ -26,6 +30,8 @@ __all__ = [
     "Predictor",
     "ProposalBatch",
     "TargetBatch",
+    "accelerate",
+    "compile",
     "fasterrcnn_mobilenet_v3_large_320_fpn",
     "fasterrcnn_mobilenet_v3_large_fpn",
     "fasterrcnn_resnet50_fpn",
@@ -34,4 +40,5 @@ __all__ = [
     "maskrcnn_resnet50_fpn",
     "maskrcnn_resnet50_fpn_v2",
     "ops",
+    "patch_torchvision",
 ]

@@ -23,10 +23,13 @@ class ImageBatch:
     Args:
         tensors: [N, 3, Hp, Wp], zero beyond each image; Hp and Wp are what the batch is padded to.
         sizes: (height, width) of each image without the padding, int64 [N, 2].
+        canvases: (height, width), int64 [N, 2], of what each image would be padded to on its own, where the network
+            keeps them apart, as those of `fastmrcnn.compile` do; None if it sees all of `tensors`.
     """
 
     tensors: Tensor
     sizes: Tensor
+    canvases: Tensor | None = None
 
 
 @dataclass
@@ -159,6 +162,10 @@ class DetectionBatch:
         """Which slots hold a detection, bool [N, D]."""
         return first(self.count, self.boxes.shape[1])
 
+
+# What `detect` takes and returns, so that programs of `torch.export` may, too.
+for _batch in (ImageBatch, DetectionBatch):
+    torch.export.register_dataclass(_batch, serialized_type_name=f"fastmrcnn.{_batch.__name__}")
 
 AnyBatch = TypeVar("AnyBatch", ProposalBatch, DetectionBatch)
 

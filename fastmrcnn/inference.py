@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,13 +14,15 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from fastmrcnn import ops
 from fastmrcnn.batches import DetectionBatch
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
+from fastmrcnn.models.preprocess import resized_size
 from fastmrcnn.polygons import masks_to_polygons, rle_to_polygons
 from fastmrcnn_kernels.host import begin_copy
 
-MaskFormat = Literal["soft", "bool", "rle", "polygons"]
+MaskFormat = Literal["soft", "bool", "bits", "rle", "polygons"]
 
 Size = tuple[int, int]
 Result = dict[str, Any]
+Encoding = Callable[[], list[ops.Encoded]]
 
 
 @dataclass
@@ -59,12 +61,22 @@ class Inference:
     def _begin_ours(self, model: GeneralizedRCNN, images: list[Tensor]) -> Callable[[], list[Result]]:
         original = [(image.shape[-2], image.shape[-1]) for image in images]
         batch, _, sizes = model.transform.batch(images, None)
-        found = model.transform.in_original_pixels(model.detect(batch), sizes, original)
+        return self.collect(model.transform.in_original_pixels(model.detect(batch), sizes, original), original)
+
+    def collect(
+        self, found: DetectionBatch, original: Sequence[Size], encoding: Encoding | None = None
+    ) -> Callable[[], list[Result]]:
+        """Begin to bring detections to the CPU; as :meth:`begin` does, which ends in this.
+
+        Args:
+            found: in the pixels of the images; what it holds must not change before the results are made.
+            original: sizes of the images, fewer than `found` has if the last of those are padding.
+            encoding: of the masks, if that has begun already.
+        """
         if self.score_threshold > 0:
             kept = found.valid & (found.scores >= self.score_threshold)
             found = replace(found, count=kept.sum(dim=1))  # best first: these are the first
-        encoding = None
-        if found.masks is not None and self.masks in ("rle", "polygons"):
+        if encoding is None and found.masks is not None and self.masks in ("rle", "polygons"):
             encoding = ops.begin_encoding(
                 found.masks, found.boxes, original, count=found.count, threshold=self.mask_threshold
             )
@@ -75,7 +87,7 @@ class Inference:
 
         def finish() -> list[Result]:
             values = {name: copy() for name, copy in copies.items()}
-            counts = values.pop("count").tolist()
+            counts = values.pop("count")[: len(original)].tolist()
             # Copies, or one result would keep alive the memory of the whole batch, pinned memory at that.
             results: list[Result] = [
                 {name: value[i, :count].clone() for name, value in values.items()} for i, count in enumerate(counts)
@@ -85,7 +97,7 @@ class Inference:
                     keypoints, scores = result["keypoints"].split((3, 1), dim=-1)
                     result |= {"keypoints": keypoints.contiguous(), "keypoints_scores": scores.squeeze(-1).contiguous()}
             if encoding is not None:
-                for result, encoded in zip(results, encoding(), strict=True):
+                for result, encoded in zip(results, encoding()[: len(original)], strict=True):
                     result["masks"] = encoded.rles if self.masks == "rle" else rle_to_polygons(encoded.rles)
             elif found.masks is not None and self.masks is not None:
                 with torch.no_grad(), self._beside(found.masks.device):
@@ -112,11 +124,11 @@ class Inference:
     def _pasted(self, found: DetectionBatch, i: int, count: int, size: Size) -> Tensor:
         assert found.masks is not None
         masks, boxes = found.masks[i, :count], found.boxes[i, :count]
+        if self.masks == "soft":
+            return ops.paste_masks(masks, boxes, size)[:, None].cpu()
         if self.masks == "bool":
-            pasted = ops.paste_masks(masks, boxes, size, out="bool", threshold=self.mask_threshold)
-        else:
-            pasted = ops.paste_masks(masks, boxes, size)
-        return pasted[:, None].cpu()
+            return ops.paste_masks(masks, boxes, size, out="bool", threshold=self.mask_threshold)[:, None].cpu()
+        return ops.paste_masks(masks, boxes, size, out="bits", threshold=self.mask_threshold).cpu()
 
     def _converted(self, output: Mapping[str, Any]) -> Result:
         """What another model gives for an image, as a result of ours."""
@@ -134,6 +146,8 @@ class Inference:
         inside = masks > self.mask_threshold
         if self.masks == "bool":
             result["masks"] = inside.cpu()
+        elif self.masks == "bits":
+            result["masks"] = ops.pack_bits(inside[:, 0] if inside.dim() == 4 else inside).cpu()
         elif self.masks == "polygons":
             result["masks"] = masks_to_polygons(inside)
         else:
@@ -162,14 +176,9 @@ def channels(model: nn.Module) -> int:
 
 def resized(model: nn.Module, image: Tensor) -> Size:
     """The size that torchvision's transform of a detector brings an image to, or its own; to compare images by."""
-    height, width = image.shape[-2:]
+    size = (image.shape[-2], image.shape[-1])
     transform = getattr(model, "transform", None)
-    if not isinstance(transform, GeneralizedRCNNTransform):
-        return height, width
-    if transform.fixed_size is not None:
-        return transform.fixed_size[1], transform.fixed_size[0]
-    scale = min(transform.min_size[-1] / min(height, width), transform.max_size / max(height, width))
-    return max(1, int(height * scale)), max(1, int(width * scale))
+    return resized_size(transform, size) if isinstance(transform, GeneralizedRCNNTransform) else size
 
 
 @contextlib.contextmanager

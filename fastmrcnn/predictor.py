@@ -49,6 +49,7 @@ class Predictor:
 
     - ``"soft"``: float32 [D, 1, H, W] in 0..1, as torchvision has them. Most of the time goes into moving them.
     - ``"bool"``: bool [D, 1, H, W].
+    - ``"bits"``: the same as one bit per pixel, int32 [D, H, ceil(W / 32)], see :func:`fastmrcnn.ops.unpack_bits`.
     - ``"rle"``: a list of D dicts, COCO's ``size`` and ``counts`` (text). They are made on the GPU, which sends nothing
       else: the fastest.
     - ``"polygons"``: a list of D lists of polygons, each a list of x0, y0, x1, y1, ... in whole pixels, that fill to

@@ -21,10 +21,11 @@ Model = TypeVar("Model", bound=GeneralizedRCNN)
 
 
 def adopt_detector(model: nn.Module, model_class: type[Model]) -> Model:
-    """torchvision's detector `model` and its parts, continued as `model_class`."""
+    """torchvision's detector `model` and its parts, continued as `model_class`: see `adopt`."""
+    detector = adopt(model, model_class, "model")
     for name, part in (("rpn", RegionProposalNetwork), ("roi_heads", RoIHeads), ("transform", Preprocess)):
-        setattr(model, name, adopt(model.get_submodule(name), part))
-    return adopt(model, model_class)
+        setattr(detector, name, adopt(getattr(model, name, None), part, f"model.{name}"))
+    return detector
 
 
 def _ours(build: Callable[Arguments, nn.Module], model_class: type[Model], about: str) -> Callable[Arguments, Model]:

@@ -65,12 +65,7 @@ class Preprocess(GeneralizedRCNNTransform):
         To the bit as torchvision's `resize_boxes` and `resize_keypoints`, for the whole batch.  Never waits.
         """
         new, old = (torch.tensor(x, dtype=torch.float32, device="cpu") for x in (original_sizes, sizes))
-        boxes, keypoints = detections.boxes, detections.keypoints
-        xy = (new / old).flip(1)[:, None].to(boxes.device, boxes.dtype, non_blocking=True)
-        if keypoints is not None:
-            moved = keypoints[..., :2] * xy[:, :, None].to(keypoints.dtype)  # float32 also where boxes are float64
-            keypoints = torch.cat((moved, keypoints[..., 2:]), dim=-1)
-        return replace(detections, boxes=boxes * xy.repeat(1, 1, 2), keypoints=keypoints)
+        return scaled(detections, (new / old).to(detections.boxes.device, detections.boxes.dtype, non_blocking=True))
 
     def results(
         self,
@@ -93,6 +88,25 @@ class Preprocess(GeneralizedRCNNTransform):
                 result["keypoints_scores"] = keypoint_scores.squeeze(-1)
             results.append(result)
         return results
+
+
+def scaled(detections: DetectionBatch, ratios: Tensor) -> DetectionBatch:
+    """Boxes and keypoints in images that are `ratios` [N, 2] times as high and as wide."""
+    boxes, keypoints = detections.boxes, detections.keypoints
+    xy = ratios.flip(1)[:, None]
+    if keypoints is not None:
+        moved = keypoints[..., :2] * xy[:, :, None].to(keypoints.dtype)  # float32 also where boxes are float64
+        keypoints = torch.cat((moved, keypoints[..., 2:]), dim=-1)
+    return replace(detections, boxes=boxes * xy.repeat(1, 1, 2), keypoints=keypoints)
+
+
+def resized_size(transform: GeneralizedRCNNTransform, size: tuple[int, int]) -> tuple[int, int]:
+    """What torchvision's `transform`, in evaluation, resizes an image of `size` to: both (height, width)."""
+    if transform.fixed_size is not None:
+        return transform.fixed_size[1], transform.fixed_size[0]
+    height, width = size
+    scale = min(transform.min_size[-1] / min(size), transform.max_size / max(size))
+    return max(1, int(height * scale)), max(1, int(width * scale))
 
 
 def send(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -29,8 +29,7 @@ class RoIHeads(torchvision_heads.RoIHeads):
         logits, deltas = self._classify(features, proposals.boxes, proposals.valid, images)
         detections = trim(self.select(logits, deltas, proposals, images))
         if self.has_mask():
-            mask_logits = self._branch("mask", features, detections.boxes, detections.valid, images)
-            detections.masks = widen(of_label(mask_logits, detections.labels)).sigmoid()
+            detections.masks = self.masks(features, detections, images)
         if self.has_keypoint():
             heatmaps = widen(self._branch("keypoint", features, detections.boxes, detections.valid, images))
             canvas = (images.tensors.shape[-2], images.tensors.shape[-1])
@@ -40,6 +39,11 @@ class RoIHeads(torchvision_heads.RoIHeads):
             found = torch.cat((keypoints, scores[..., None]), dim=-1)
             detections.keypoints = found.unflatten(0, detections.scores.shape)
         return detections
+
+    def masks(self, features: Features, detections: DetectionBatch, images: ImageBatch) -> Tensor:
+        """Mask probabilities [N, D, M, M] of detections, each of its class."""
+        logits = self._branch("mask", features, detections.boxes, detections.valid, images)
+        return widen(of_label(logits, detections.labels)).sigmoid()
 
     def select(self, logits: Tensor, deltas: Tensor, proposals: ProposalBatch, images: ImageBatch) -> DetectionBatch:
         """The best boxes over all classes but the background: threshold, non-maximum suppression per class, top D.
@@ -121,7 +125,7 @@ def pool(pooler: MultiScaleRoIAlign, features: Features, boxes: Tensor, valid: T
     image = torch.arange(len(boxes), device=boxes.device)[:, None]
     index = torch.where(valid, image, -1).to(boxes.dtype)
     rois = torch.cat((index[..., None], boxes), dim=-1).flatten(0, 1)
-    return ops.pool_like(pooler, features, rois, images.tensors.shape[-2])
+    return ops.pool_like(pooler, features, rois, images.tensors.shape[-2], images.canvases)
 
 
 def of_label(masks: Tensor, labels: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ N images, L levels, A anchors per cell, K proposals per image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from torchvision.models.detection.image_list import ImageList
 from fastmrcnn import ops
 from fastmrcnn.batches import ImageBatch, ProposalBatch, TargetBatch, trim, widen
 from fastmrcnn.models.sampling import BACKGROUND, IGNORED, gather, match, sample
+from fastmrcnn_kernels.reference.canvases import cells
 from fastmrcnn_kernels.reference.proposals import by_anchor
 
 SMOOTH_L1_BETA = 1 / 9
@@ -33,8 +35,15 @@ class RegionProposalNetwork(torchvision_rpn.RegionProposalNetwork):
         """
         logits, deltas = [x.detach() for x in logits], [x.detach() for x in deltas]
         slots = min(self.pre_nms_top_n(), max(x[0].numel() for x in logits))
-        scores, indices = ops.topk_anchors(logits, slots)
-        scores = scores.sigmoid()
+        if images.canvases is not None:
+            steps = self.steps(images, logits)
+            logits = [
+                ops.clear_beyond_(x, images.canvases, step, -torch.inf) for x, step in zip(logits, steps, strict=True)
+            ]
+        best, indices = ops.topk_anchors(logits, slots)
+        if images.canvases is not None:
+            indices = torch.where(best > -torch.inf, indices, -1)
+        scores = best.sigmoid()
         boxes, valid = ops.decode_proposals(
             deltas,
             indices,
@@ -89,10 +98,21 @@ class RegionProposalNetwork(torchvision_rpn.RegionProposalNetwork):
         generator.set_cell_anchors(torch.float32, device)
         return generator.cell_anchors
 
-    def strides(self, images: ImageBatch, maps: Sequence[Tensor]) -> list[tuple[int, int]]:
-        """Pixels per cell of each level, (height, width): padded size // map size, as torchvision has it."""
+    def strides(self, images: ImageBatch, maps: Sequence[Tensor]) -> list[tuple[int, int]] | Tensor:
+        """Pixels per cell of each level, (height, width): padded size // map size, as torchvision has it.
+
+        Of images with canvases of their own int64 [N, L, 2]: a map's side is not always the canvas's over a power of 2.
+        """
         height, width = images.tensors.shape[-2:]
-        return [(height // x.shape[-2], width // x.shape[-1]) for x in maps]
+        if images.canvases is None:
+            return [(height // x.shape[-2], width // x.shape[-1]) for x in maps]
+        own = [images.canvases // cells(images.canvases, step).clamp(min=1) for step in self.steps(images, maps)]
+        return torch.stack(own, dim=1)
+
+    def steps(self, images: ImageBatch, maps: Sequence[Tensor]) -> list[int]:
+        """The power of two that halvings have left of a side, for each level, however often they rounded it up."""
+        height = images.tensors.shape[-2]
+        return [2 ** round(math.log2(height / x.shape[-2])) for x in maps]
 
     def all_anchors(self, images: ImageBatch, maps: Sequence[Tensor]) -> Tensor:
         """Every anchor of every level, the same for all images: [1, sum of Hl Wl A, 4]."""

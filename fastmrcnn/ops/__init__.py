@@ -15,13 +15,14 @@ Boxes are `x1,y1,x2,y2` in pixels everywhere.
 
 from fastmrcnn.ops.bits import boundary_iou, count_bits, mask_boundary, mask_iou, pack_bits, unpack_bits
 from fastmrcnn.ops.boxes import decode_boxes, encode_boxes
+from fastmrcnn.ops.canvases import clear_beyond_
 from fastmrcnn.ops.detections import select_detections
 from fastmrcnn.ops.images import pack_images, resize_images
 from fastmrcnn.ops.implementations import Impl
 from fastmrcnn.ops.masks import Semantics, heatmaps_to_keypoints, paste_masks, paste_masks_in_image
 from fastmrcnn.ops.matching import match_boxes
 from fastmrcnn.ops.proposals import decode_proposals, merge_levels, topk_anchors
-from fastmrcnn.ops.rle import RLE, Encoded, begin_encoding, decode, encode_bool, encode_masks
+from fastmrcnn.ops.rle import RLE, Encoded, begin_encoding, decode, encode_bool, encode_masks, launch_encoding
 from fastmrcnn.ops.roi import MultiScaleRoIAlign, multilevel_roi_align, pool_like, roi_align, roi_pool
 from fastmrcnn.ops.suppression import batched_nms, nms, padded_nms, padded_soft_nms, soft_nms
 from fastmrcnn.ops.targets import mask_targets, pack_masks
@@ -35,6 +36,7 @@ __all__ = [
     "batched_nms",
     "begin_encoding",
     "boundary_iou",
+    "clear_beyond_",
     "count_bits",
     "decode",
     "decode_boxes",
@@ -43,6 +45,7 @@ __all__ = [
     "encode_boxes",
     "encode_masks",
     "heatmaps_to_keypoints",
+    "launch_encoding",
     "mask_boundary",
     "mask_iou",
     "mask_targets",

@@ -106,10 +106,14 @@ def pack_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     lengths = [image.numel() for image in images]
     pixels = torch.empty(sum(lengths), dtype=torch.uint8)
     for image, part in zip(images, pixels.split(lengths), strict=True):
-        target = part.view(*image.shape[1:], len(image)).permute(2, 0, 1)
-        if image.permute(1, 2, 0).is_contiguous():
-            target.copy_(image)
-        else:
-            for channel, plane in zip(target, image, strict=True):  # one by one, in a third of the time
-                channel.copy_(plane)
+        copy_pixels(image, part.view(*image.shape[1:], len(image)).permute(2, 0, 1))
     return pixels, torch.tensor([0, *accumulate(lengths)][:-1], dtype=torch.int64)
+
+
+def copy_pixels(image: Tensor, target: Tensor) -> None:
+    """Copy an image [C, H, W] in CPU memory to `target`, which lies there as [H, W, C]."""
+    if image.permute(1, 2, 0).is_contiguous():
+        target.copy_(image)
+    else:
+        for channel, plane in zip(target, image, strict=True):  # one by one, in a third of the time
+            channel.copy_(plane)

@@ -21,6 +21,7 @@ from fastmrcnn_kernels import (
 )
 from fastmrcnn_kernels.reference import bits as reference_bits
 from fastmrcnn_kernels.reference import boxes as reference_boxes
+from fastmrcnn_kernels.reference import canvases as reference_canvases
 from fastmrcnn_kernels.reference import detections as reference_detections
 from fastmrcnn_kernels.reference import images as reference_images
 from fastmrcnn_kernels.reference import keypoints as reference_keypoints
@@ -104,6 +105,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "torchvision": torchvision_images.resize_images,
         "triton": library.resize_images,
     },
+    "clear_beyond_": {"reference": reference_canvases.clear_beyond_, "triton": library.clear_beyond_},
     "mask_targets": {
         "reference": reference_mask_targets.mask_targets,
         "numpy": numpy_mask_targets.mask_targets,

@@ -38,7 +38,7 @@ def decode_proposals(
     deltas: Sequence[Tensor],
     indices: Tensor,
     base_anchors: Sequence[Tensor],
-    strides: Sequence[tuple[int, int]],
+    strides: Sequence[tuple[int, int]] | Tensor,
     sizes: Tensor,
     *,
     scores: Tensor | None = None,
@@ -53,7 +53,7 @@ def decode_proposals(
         deltas: regression output of the RPN head per level, [N, 4 A, Hl, Wl], in any memory format.
         indices: numbers of the selected anchors, (y * Wl + x) * A + a, int64 [N, L, K]; -1 in padding.
         base_anchors: anchors of the cell at the origin per level, [A, 4].
-        strides: (height, width) of a cell per level, in pixels.
+        strides: (height, width) of a cell per level, in pixels; or of each image, int64 [N, L, 2].
         sizes: (height, width) of each image, [N, 2].
         scores: of the selected anchors, [N, L, K].
         min_size: shortest side of a usable proposal, in pixels.
@@ -63,9 +63,11 @@ def decode_proposals(
     Returns:
         Boxes [N, L, K, 4], float32 (float64 for float64 deltas), 0 in padding; and which are usable, bool [N, L, K].
     """
-    if not len(deltas) == len(base_anchors) == len(strides) > 0:
+    if not len(deltas) == len(base_anchors) > 0 or not (isinstance(strides, Tensor) or len(strides) == len(deltas)):
         raise ValueError("deltas, base_anchors, strides: expected one of each per level")
     check("sizes", sizes, None, 2, floating=False)
+    if isinstance(strides, Tensor):
+        check("strides", strides, len(sizes), len(deltas), 2, dtype=torch.int64)
     check("indices", indices, len(sizes), len(deltas), None, dtype=torch.int64)
     if scores is not None:
         check("scores", scores, *indices.shape)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmrcnn.ops.checks import check
 from fastmrcnn.ops.implementations import Impl, choose_kernel
 from fastmrcnn.ops.masks import Semantics, as_pasting, check_pasted, prepare
+from fastmrcnn_kernels import library
 from fastmrcnn_kernels.host import on_host
 from fastmrcnn_kernels.reference import rle as reference
 from fastmrcnn_kernels.reference.rle import RLE, Encoded
@@ -64,12 +65,13 @@ def begin_encoding(
     padding: int = 1,
     semantics: Semantics = "torchvision",
     logits: bool = False,
+    launched: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Callable[[], list[Encoded]]:
     """`encode_masks` of a batch in two steps, so that a GPU can go on meanwhile.
 
-    The first step does not wait: it launches the encoding, and one copy to the CPU.  The result is a function that
-    waits for that copy, and returns what `encode_masks` does.
+    The first step does not wait: it launches the encoding, unless that was `launched` by `launch_encoding`, and one
+    copy to the CPU.  The result is a function that waits for that copy, and returns what `encode_masks` does.
     """
     check("masks", masks, None, None, None, None)
     check_pasted(masks, boxes, count)
@@ -80,8 +82,39 @@ def begin_encoding(
             raise ValueError(f"sizes[{i}]={sizes[i]}: expected a positive height and width, up to 2^31 - 1 pixels")
     pasting = as_pasting(semantics, padding, threshold)
     without_kernel = "torchvision" if on_host(masks) and on_host(boxes) else "reference"
-    run = choose_kernel("encode_masks", impl, masks, without_kernel, "masks")[1]
-    return run(*prepare(masks, boxes, logits), sizes, count, pasting)
+    name, run = choose_kernel("encode_masks", impl, masks, without_kernel, "masks")
+    if launched is not None and name != "triton":
+        raise ValueError(f"launched: only kernels are, and on {masks.device.type!r} masks are encoded by {name!r}")
+    begun = () if launched is None else (launched,)
+    return run(*prepare(masks, boxes, logits), sizes, count, pasting, *begun)
+
+
+def launch_encoding(
+    masks: Tensor,
+    boxes: Tensor,
+    sizes: Tensor,
+    canvas: Size,
+    *,
+    count: Tensor,
+    threshold: float = 0.5,
+    padding: int = 1,
+    semantics: Semantics = "torchvision",
+) -> Tensor:
+    """The kernels of `begin_encoding` alone, for a CUDA graph: sizes are read on the device.
+
+    Args:
+        masks, boxes, count, threshold, padding, semantics: as for `begin_encoding`, masks float32.
+        sizes: (height, width) of each image, int64 [N, 2], on the device of the masks.
+        canvas: (height, width) that none of them exceeds.
+
+    Returns:
+        What `begin_encoding` takes as `launched`, uint8 on the device; its length depends on shapes and `canvas` alone.
+    """
+    check("masks", masks, None, None, None, None, dtype=torch.float32)
+    check_pasted(masks, boxes, count)
+    check("sizes", sizes, len(masks), 2, dtype=torch.int64)
+    pasting = as_pasting(semantics, padding, threshold)
+    return library.launch_encoding(masks, boxes.float(), sizes, count, canvas, pasting)
 
 
 def encode_bool(masks: Tensor, *, impl: Impl = "auto") -> Encoded:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastmrcnn.ops.checks import as_rois, check, check_pyramid, pair
 from fastmrcnn.ops.implementations import Impl, choose_kernel
 from fastmrcnn_kernels.host import on_host
+from fastmrcnn_kernels.reference.canvases import cells
 from fastmrcnn_kernels.reference.roi_align import assign_levels
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -20,7 +21,7 @@ Sampling = Literal["average", "corner"]
 
 
 def _choose_sampler(
-    op: str, impl: str, features: Tensor, interpolation: str, sampling: str
+    op: str, impl: str, features: Tensor, interpolation: str, sampling: str, partial: bool = False
 ) -> tuple[str, Callable[..., Any]]:
     """Name and function of an implementation of `op` that samples so; ValueError for what there is not."""
     if interpolation not in ("bilinear", "bicubic"):
@@ -30,7 +31,11 @@ def _choose_sampler(
     usual = interpolation == "bilinear" and sampling == "average"
     if impl == "torchvision" and not usual:
         raise NotImplementedError("impl='torchvision' has interpolation='bilinear' with sampling='average' only")
+    if partial and impl in ("torchvision", "torch"):
+        raise NotImplementedError(f"impl={impl!r} has no extents: use impl='auto', 'reference' or 'triton'")
     without_kernel = "torch" if on_host(features) else "torchvision" if usual else "reference"
+    if partial:
+        without_kernel = "reference"
     return choose_kernel(op, impl, features, without_kernel)
 
 
@@ -83,6 +88,7 @@ def multilevel_roi_align(
     canonical_level: int = 4,
     interpolation: Interpolation = "bilinear",
     sampling: Sampling = "average",
+    extents: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """RoIAlign on a feature pyramid: each RoI is pooled from one level.
@@ -94,6 +100,8 @@ def multilevel_roi_align(
         levels: level 0 .. L - 1 of each RoI, int64 [R]; by default from its area by equation 1 of the FPN paper,
             floor(`canonical_level` + log2(sqrt(area) / `canonical_scale`)), as torchvision's `MultiScaleRoIAlign`.
             A RoI of another level pools to zeros.
+        extents: rows and columns of the maps that belong to each image, int64 [N, L, 2], as if the others were not
+            there; by default all.  The kernel has no gradient then.
 
     Returns:
         [R, C, height, width] in the dtype of the features.
@@ -104,11 +112,13 @@ def multilevel_roi_align(
     rois = as_rois(boxes)
     if levels is not None:
         check("levels", levels, len(rois), dtype=torch.int64)
+    if extents is not None:
+        check("extents", extents, len(features[0]), len(features), 2, dtype=torch.int64)
     size = pair(output_size, "output_size")
-    name, run = _choose_sampler("multilevel_roi_align", impl, features[0], interpolation, sampling)
+    name, run = _choose_sampler("multilevel_roi_align", impl, features[0], interpolation, sampling, extents is not None)
     if name == "triton":
         sampler = (interpolation, sampling, canonical_scale, canonical_level)
-        return run(features, rois, levels, size, spatial_scales, sampling_ratio, aligned, *sampler)
+        return run(features, rois, levels, size, spatial_scales, sampling_ratio, aligned, *sampler, extents)
     if levels is None:
         finest = round(-math.log2(spatial_scales[0]))
         levels = assign_levels(rois[:, 1:], len(features), finest, canonical_scale, canonical_level)
@@ -121,6 +131,7 @@ def multilevel_roi_align(
         sampling_ratio,
         aligned,
         *(() if name == "torchvision" else (interpolation, sampling)),
+        *(() if extents is None else (extents,)),
     )
 
 
@@ -162,19 +173,29 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
 
 
 def pool_like(
-    pooler: torchvision.ops.MultiScaleRoIAlign, features: Mapping[str, Tensor], rois: Tensor, image_height: int
+    pooler: torchvision.ops.MultiScaleRoIAlign,
+    features: Mapping[str, Tensor],
+    rois: Tensor,
+    image_height: int,
+    canvases: Tensor | None = None,
 ) -> Tensor:
     """RoI features [R, C, P, P] of `rois` [R, 5] by the options of `pooler`, from those `features` that it names.
 
-    Cells per pixel are the height of each map over `image_height`, rounded to a power of two: torchvision's rule.
+    Cells per pixel are the height of each map over `image_height`, rounded to a power of two: torchvision's rule.  Of
+    images with `canvases`, (height, width) int64 [N, 2] in pixels, maps end with these.
     """
     maps = [feature for name, feature in features.items() if name in pooler.featmap_names]
+    halvings = [round(math.log2(image_height / feature.shape[-2])) for feature in maps]
+    extents = None
+    if canvases is not None:
+        extents = torch.stack([cells(canvases, 2**times) for times in halvings], dim=1)
     return multilevel_roi_align(
         maps,
         rois,
         pooler.output_size,
-        [2.0 ** round(math.log2(feature.shape[-2] / image_height)) for feature in maps],
+        [0.5**times for times in halvings],
         pooler.sampling_ratio,
         canonical_scale=pooler.canonical_scale,
         canonical_level=pooler.canonical_level,
+        extents=extents,
     )

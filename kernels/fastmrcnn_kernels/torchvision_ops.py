@@ -12,6 +12,9 @@ from fastmrcnn_kernels.host import on_host
 from fastmrcnn_kernels.reference.boxes import clip_boxes, decode_deltas, large_enough
 from fastmrcnn_kernels.selection import Selection
 
+# As they are now: once `fastmrcnn.patch_torchvision` has put ours in their place, these must not come back to us.
+_roi_align, _roi_pool, _nms = torchvision.ops.roi_align, torchvision.ops.roi_pool, torchvision.ops.nms
+
 FEW_BOXES = 1000  # of which all pairs are compared at no more cost than groups are taken one by one
 
 
@@ -24,12 +27,12 @@ def roi_align(
     aligned: bool,
 ) -> Tensor:
     """`torchvision.ops.roi_align`, safe for padding."""
-    return _pool_present(torchvision.ops.roi_align, features, rois, output_size, spatial_scale, sampling_ratio, aligned)
+    return _pool_present(_roi_align, features, rois, output_size, spatial_scale, sampling_ratio, aligned)
 
 
 def roi_pool(features: Tensor, rois: Tensor, output_size: tuple[int, int], spatial_scale: float) -> Tensor:
     """`torchvision.ops.roi_pool`, safe for padding."""
-    return _pool_present(torchvision.ops.roi_pool, features, rois, output_size, spatial_scale)
+    return _pool_present(_roi_pool, features, rois, output_size, spatial_scale)
 
 
 def _pool_present(run: Callable[..., Tensor], features: Tensor, rois: Tensor, *semantics: object) -> Tensor:
@@ -79,7 +82,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     if boxes.dtype != scores.dtype:
         dtype = torch.promote_types(boxes.dtype, scores.dtype)
         boxes, scores = boxes.to(dtype), scores.to(dtype)
-    return torchvision.ops.nms(boxes, scores, iou_threshold)
+    return _nms(boxes, scores, iou_threshold)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
@@ -93,7 +96,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         offset = (number * (wide.max() - wide.min() + 1).ceil())[:, None]
         moved = wide + offset
         if torch.equal(moved - offset, wide):
-            return torchvision.ops.nms(moved, scores.double(), iou_threshold)
+            return _nms(moved, scores.double(), iou_threshold)
     keep = torch.zeros_like(scores, dtype=torch.bool)
     for group in idxs.unique().tolist():
         members = (idxs == group).nonzero().flatten()

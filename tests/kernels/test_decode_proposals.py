@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
     deltas: list[Tensor]
     base_anchors: list[Tensor]
-    strides: list[tuple[int, int]]
+    strides: list[tuple[int, int]] | Tensor
     indices: Tensor
     scores: Tensor
     sizes: Tensor
@@ -131,6 +131,28 @@ def test_proposals_are_selected_decoded_and_clipped(
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     usable = exists & large_enough(expected, min_size)
     assert torch.equal(valid, usable & (case.scores >= 0.3) if scored else usable)
+
+
+@examples(60, interpreted=15)
+@given(data=st.data(), dtype=st.sampled_from(DTYPES), impl=st.sampled_from(IMPLEMENTATIONS))
+def test_strides_of_each_image(data: st.DataObject, dtype: torch.dtype, impl: ops.Impl) -> None:
+    """As each image has them on its own."""
+    case = data.draw(cases(dtype))
+    if impl == "reference":  # where numbers of no anchor are undefined
+        most = [len(base) * x.shape[2] * x.shape[3] for base, x in zip(case.base_anchors, case.deltas, strict=True)]
+        exists = case.indices < torch.tensor(most)[:, None]
+        case = case._replace(indices=torch.where(exists & (case.indices >= 0), case.indices, -1))
+    levels = len(case.deltas)
+    strides = torch.tensor(data.draw(st.lists(st.integers(4, 16), min_size=4 * levels, max_size=4 * levels)))
+    strides = strides.view(2, levels, 2)[: len(case.sizes)]
+    device = "cpu" if impl == "reference" else DEVICE
+    found, valid = proposals(case._replace(strides=strides.to(device)), impl)
+    for i, its in enumerate(strides):
+        alone = [x[i : i + 1] for x in case.deltas], case.base_anchors, [tuple(x) for x in its.tolist()]
+        one = Case(*alone, *(x[i : i + 1] for x in (case.indices, case.scores, case.sizes)))
+        boxes, usable = proposals(one, impl)
+        torch.testing.assert_close(found[i : i + 1], boxes, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(valid[i : i + 1], usable)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -307,12 +329,14 @@ def test_proposals_are_float32_at_least(dtype: torch.dtype) -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("own_strides", [False, True])
 @pytest.mark.parametrize("scored", [False, True])
-def test_opcheck(scored: bool) -> None:
+def test_opcheck(scored: bool, own_strides: bool) -> None:
     case = plain_case([[1.0, 2, 7, 9], [2, 1, 9, 7]])
     deltas, base = ([x.to(DEVICE) for x in level] for level in (case.deltas, case.base_anchors))
     scores = case.scores.to(DEVICE) if scored else None
-    rest = ([8], [8], case.sizes.to(DEVICE), 0.1, 0.5, [10.0, 10.0, 5.0, 5.0])
+    strides = torch.full((1, 1, 2), 8, device=DEVICE) if own_strides else None
+    rest = ([8], [8], strides, case.sizes.to(DEVICE), 0.1, 0.5, [10.0, 10.0, 5.0, 5.0])
     operator = torch.ops.fastmrcnn.decode_proposals.default
     torch.library.opcheck(operator, (deltas, case.indices.to(DEVICE), scores, base, *rest))
 

@@ -272,8 +272,8 @@ from collections import defaultdict
 from itertools import product
 from benchmarks.compile_report import TARGETS, record
 from fastmrcnn_kernels.sampler import Sampler
-from fastmrcnn_kernels.triton import box_coding, detections, images as resize, mask_iou, merge, nms, paste, rle
-from fastmrcnn_kernels.triton import mask_targets, matching, roi_align, roi_align_backward, roi_pool, topk
+from fastmrcnn_kernels.triton import box_coding, canvases, detections, images as resize, mask_iou, merge, nms, paste
+from fastmrcnn_kernels.triton import mask_targets, matching, rle, roi_align, roi_align_backward, roi_pool, topk
 from triton.compiler import make_backend
 from triton.runtime import jit
 
@@ -291,8 +291,11 @@ def detect(images, count, height, width):
     scores, indices = topk.topk_anchors(logits, count)
     sizes, strides = torch.empty(images, 2, dtype=torch.int64), [4, 8, 16]
     base = [torch.empty(3, 4)] * 3
+    canvases.clear_beyond_(maps[0].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), sizes, 4, 0.0)
+    extents = torch.empty(images, 3, 2, dtype=torch.int64)
+    roi_align.roi_align_forward(maps, rois, None, (7, 7), *semantics, extents)
     boxes, valid = box_coding.decode_proposals(
-        deltas, indices, scores, base, strides, strides, sizes, 0.001, 0.0, (1.0, 1.0, 1.0, 1.0)
+        deltas, indices, scores, base, strides, strides, None, sizes, 0.001, 0.0, (1.0, 1.0, 1.0, 1.0)
     )
     kept, counts = nms.sorted_nms(boxes.flatten(0, 1), valid.flatten(0, 1), None, None, 0.7, count)
     boxes, _, counts = merge.merge_levels(boxes, scores, kept.view_as(scores), counts.view(images, 3), count)
@@ -333,6 +336,7 @@ def test_nothing_is_compiled_for_another_size() -> None:
     assert run.returncode == 0, run.stderr
     found, passes = run.stdout.splitlines()
     counts = ast.literal_eval(found)
+    assert counts.pop("_roi_align_fwd_kernel") == 2  # with extents and without
     assert len(counts) == 26
     assert set(counts.values()) == {1}, counts
     assert passes == "4"

@@ -6,10 +6,11 @@ features stay 16-bit and boxes float32.  Triton itself is imported at the first 
 
 from fastmrcnn_kernels.library.bits import mask_iou
 from fastmrcnn_kernels.library.boxes import decode_boxes, decode_proposals, encode_boxes
+from fastmrcnn_kernels.library.canvases import clear_beyond_
 from fastmrcnn_kernels.library.detections import select_detections
 from fastmrcnn_kernels.library.images import resize_images
 from fastmrcnn_kernels.library.mask_targets import mask_targets
-from fastmrcnn_kernels.library.masks import encode_bool, encode_masks, paste_masks
+from fastmrcnn_kernels.library.masks import encode_bool, encode_masks, launch_encoding, paste_masks
 from fastmrcnn_kernels.library.matching import match_boxes
 from fastmrcnn_kernels.library.nms import batched_nms, nms, padded_nms
 from fastmrcnn_kernels.library.proposals import merge_levels, topk_anchors
@@ -19,11 +20,13 @@ from fastmrcnn_kernels.library.soft_nms import padded_soft_nms
 
 __all__ = [
     "batched_nms",
+    "clear_beyond_",
     "decode_boxes",
     "decode_proposals",
     "encode_bool",
     "encode_boxes",
     "encode_masks",
+    "launch_encoding",
     "mask_iou",
     "mask_targets",
     "match_boxes",

@@ -15,7 +15,8 @@ torch.library.define("fastmrcnn::encode_boxes", "(Tensor boxes, Tensor anchors, 
 torch.library.define(
     "fastmrcnn::decode_proposals",
     "(Tensor[] deltas, Tensor indices, Tensor? scores, Tensor[] base_anchors, SymInt[] cell_heights, "
-    "SymInt[] cell_widths, Tensor sizes, float min_size, float min_score, float[] weights) -> (Tensor, Tensor)",
+    "SymInt[] cell_widths, Tensor? strides, Tensor sizes, float min_size, float min_score, float[] weights) "
+    "-> (Tensor, Tensor)",
 )
 
 
@@ -65,7 +66,7 @@ def decode_proposals(
     deltas: Sequence[Tensor],
     indices: Tensor,
     base_anchors: Sequence[Tensor],
-    strides: Sequence[tuple[int, int]],
+    strides: Sequence[tuple[int, int]] | Tensor,
     sizes: Tensor,
     *,
     scores: Tensor | None = None,
@@ -79,7 +80,9 @@ def decode_proposals(
     NotImplementedError if a gradient is wanted.
     """
     _refuse_gradients("decode_proposals", *deltas, *base_anchors)
-    heights, widths = ([stride[axis] for stride in strides] for axis in (0, 1))
+    of_each = strides if isinstance(strides, Tensor) else None
+    of_all = [(0, 0)] * len(deltas) if isinstance(strides, Tensor) else strides
+    heights, widths = ([stride[axis] for stride in of_all] for axis in (0, 1))
     return torch.ops.fastmrcnn.decode_proposals(
-        deltas, indices, scores, base_anchors, heights, widths, sizes, min_size, min_score, weights
+        deltas, indices, scores, base_anchors, heights, widths, of_each, sizes, min_size, min_score, weights
     )

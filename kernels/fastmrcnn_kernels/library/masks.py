@@ -88,25 +88,39 @@ def paste_masks(
 
 
 def encode_masks(
-    masks: Tensor, boxes: Tensor, sizes: Sequence[tuple[int, int]], counts: Tensor | None, pasting: Pasting
+    masks: Tensor,
+    boxes: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    counts: Tensor | None,
+    pasting: Pasting,
+    launched: Tensor | None = None,
 ) -> Callable[[], list[Encoded]]:
     """See `fastmrcnn.ops.begin_encoding`."""
     height, width = (max((size[axis] for size in sizes), default=1) for axis in (0, 1))
-    on_device = torch.tensor(sizes, dtype=torch.int64, device="cpu").view(-1, 2).to(masks.device, non_blocking=True)
     slots = boxes.shape[1]
 
     def launch(capacity: int) -> Tensor:
+        on_device = torch.tensor(sizes, dtype=torch.int64, device="cpu").view(-1, 2)
+        on_device = on_device.to(masks.device, non_blocking=True)
         return torch.ops.fastmrcnn.encode_masks(
             masks.detach(), boxes.detach(), on_device, counts, height, width, capacity, *pasting
         )
 
-    begun = _begin(launch, len(sizes) * slots, width)
+    begun = _begin(launch, len(sizes) * slots, width, launched)
 
     def finish() -> list[Encoded]:
         rows, text = begun()
         return [_encoded(rows[i * slots : (i + 1) * slots], text, size) for i, size in enumerate(sizes)]
 
     return finish
+
+
+def launch_encoding(
+    masks: Tensor, boxes: Tensor, sizes: Tensor, counts: Tensor, canvas: tuple[int, int], pasting: Pasting
+) -> Tensor:
+    """See `fastmrcnn.ops.launch_encoding`."""
+    capacity = boxes.shape[0] * boxes.shape[1] * (canvas[1] + ROOM)
+    return torch.ops.fastmrcnn.encode_masks(masks, boxes, sizes, counts, *canvas, capacity, *pasting)
 
 
 def encode_bool(masks: Tensor) -> Encoded:
@@ -116,13 +130,16 @@ def encode_bool(masks: Tensor) -> Encoded:
     return _encoded(rows, text, (height, width))
 
 
-def _begin(launch: Callable[[int], Tensor], number: int, width: int) -> Callable[[], tuple[Tensor, str]]:
+def _begin(
+    launch: Callable[[int], Tensor], number: int, width: int, launched: Tensor | None = None
+) -> Callable[[], tuple[Tensor, str]]:
     """Launches the encoding of `number` masks, and the one copy of its result; what is returned waits for it.
 
-    That is the rows of the header, and all text.  Where there was too little room, it is launched anew.
+    That is the rows of the header, and all text.  Where there was too little room, also in what was `launched` before,
+    it is launched anew.
     """
-    capacity = number * (width + ROOM)
-    copied = begin_copy(launch(capacity))
+    capacity = number * (width + ROOM) if launched is None else launched.numel() - 4 * HEADER * (number + 1)
+    copied = begin_copy(launch(capacity) if launched is None else launched)
 
     def finish() -> tuple[Tensor, str]:
         nonlocal capacity, copied

@@ -19,7 +19,8 @@ _SEMANTICS = (
 )
 torch.library.define(
     "fastmrcnn::multilevel_roi_align",
-    f"(Tensor[] features, Tensor rois, Tensor? levels, SymInt[] output_size, {_SEMANTICS}) -> Tensor",
+    f"(Tensor[] features, Tensor rois, Tensor? levels, SymInt[] output_size, {_SEMANTICS}, Tensor? extents=None) "
+    "-> Tensor",
 )
 torch.library.define(
     "fastmrcnn::multilevel_roi_align_backward",
@@ -41,12 +42,13 @@ def _multilevel_roi_align(
     sampling: str,
     canonical_scale: float,
     canonical_level: int,
+    extents: Tensor | None = None,
 ) -> Tensor:
     from fastmrcnn_kernels.triton.roi_align import roi_align_forward
 
     sampler = Sampler(sampling_ratio, aligned, interpolation == "bicubic", sampling == "corner")
     bounds = _bounds(levels, scales, canonical_scale, canonical_level)
-    return roi_align_forward(features, rois, levels, output_size, scales, sampler, bounds)
+    return roi_align_forward(features, rois, levels, output_size, scales, sampler, bounds, extents)
 
 
 @torch.library.impl("fastmrcnn::multilevel_roi_align_backward", KERNEL_DEVICES)
@@ -103,7 +105,8 @@ def _gradient_shapes(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, rois, levels, _, *ctx.semantics = inputs
+    features, rois, levels, _, *semantics, _ = inputs
+    ctx.semantics = semantics
     ctx.save_for_backward(rois, levels)
     ctx.num_images = features[0].shape[0]
     ctx.heights, ctx.widths = [x.shape[2] for x in features], [x.shape[3] for x in features]
@@ -114,7 +117,7 @@ def _backward(ctx: Any, pooled: Tensor) -> tuple[Any, ...]:
     gradients = torch.ops.fastmrcnn.multilevel_roi_align_backward(
         pooled, rois, levels, ctx.num_images, ctx.heights, ctx.widths, *ctx.semantics
     )
-    return gradients, *[None] * (3 + len(ctx.semantics))
+    return gradients, *[None] * (4 + len(ctx.semantics))
 
 
 torch.library.register_autograd("fastmrcnn::multilevel_roi_align", _backward, setup_context=_save_for_backward)
@@ -132,8 +135,11 @@ def multilevel_roi_align(
     sampling: str = "average",
     canonical_scale: float = 224,
     canonical_level: int = 4,
+    extents: Tensor | None = None,
 ) -> Tensor:
     """See `fastmrcnn.ops.multilevel_roi_align`; `levels` None: assigned inside the kernel."""
+    if extents is not None and torch.is_grad_enabled() and any(feature.requires_grad for feature in features):
+        raise NotImplementedError("multilevel_roi_align: with extents the kernel has no gradient: use impl='reference'")
     return torch.ops.fastmrcnn.multilevel_roi_align(
         features,
         rois,
@@ -146,6 +152,7 @@ def multilevel_roi_align(
         sampling,
         canonical_scale,
         canonical_level,
+        extents,
     )
 
 

@@ -71,11 +71,13 @@ def large_enough(boxes: Tensor, min_size: float) -> Tensor:
     return ((boxes[..., 2:] - boxes[..., :2]) >= min_size).all(dim=-1)
 
 
-def anchors_at(index: Tensor, base_anchors: Tensor, grid: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+def anchors_at(
+    index: Tensor, base_anchors: Tensor, grid: tuple[int, int], stride: tuple[int | Tensor, int | Tensor]
+) -> Tensor:
     """Anchors [..., 4] number `index` [...] of one level: an anchor is a function of its index, never stored.
 
     `index = (y * grid_width + x) * A + a`: base anchor `a` of `base_anchors` [A, 4], moved by (x, y) strides.
-    `grid` and `stride` are (height, width).
+    `grid` and `stride` are (height, width); strides may be tensors like `index`.
     """
     cell, a = index // len(base_anchors), index % len(base_anchors)
     x, y = cell % grid[1] * stride[1], cell // grid[1] * stride[0]

@@ -6,6 +6,7 @@ N images, L levels, A anchors per cell, K selected anchors per level.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def decode_proposals(
     deltas: Sequence[Tensor],
     indices: Tensor,
     base_anchors: Sequence[Tensor],
-    strides: Sequence[tuple[int, int]],
+    strides: Sequence[tuple[int, int]] | Tensor,
     sizes: Tensor,
     *,
     scores: Tensor | None,
@@ -47,7 +48,12 @@ def decode_proposals(
 ) -> tuple[Tensor, Tensor]:
     """See `fastmrcnn.ops.decode_proposals`."""
     boxes = []
-    for delta, index, base, stride in zip(deltas, indices.clamp(min=0).unbind(1), base_anchors, strides, strict=True):
+    by_level: Sequence[Any]
+    if isinstance(strides, Tensor):
+        by_level = [axes[:, None].unbind(-1) for axes in strides.unbind(1)]  # height and width of a cell, [N, 1] each
+    else:
+        by_level = strides
+    for delta, index, base, stride in zip(deltas, indices.clamp(min=0).unbind(1), base_anchors, by_level, strict=True):
         num_anchors, (height, width) = len(base), delta.shape[-2:]
         dtype = torch.promote_types(delta.dtype, torch.float32)
         anchors = anchors_at(index, base.to(dtype), (height, width), stride)

@@ -28,6 +28,7 @@ def axis_weights(
     sampling_ratio: int,
     interpolation: str = "bilinear",
     sampling: str = "average",
+    limit: Tensor | None = None,
 ) -> Tensor:
     """Weight of each of `length` cells in each of `bins` bins of an interval: [R, bins, length].
 
@@ -35,16 +36,17 @@ def axis_weights(
     evenly spaced interpolations, or ceil(extent / bins) of them where that is not positive.  Then the number of samples
     depends on the RoI, but they are more than half a cell apart, or there is just one, so no more than five of them lie
     within one cell of a given cell (bicubic: nine within two), and each cell looks at so many candidates and one more,
-    whatever the size of the RoI.
+    whatever the size of the RoI.  With a `limit` [R] only so many of the cells are there.
     """
     reach = 2 if interpolation == "bicubic" else 1
     cell = torch.arange(length, device=start.device, dtype=start.dtype)[:, None]
     start, extent = start[:, None, None, None], extent[:, None, None, None]
     index = torch.arange(bins, device=start.device)[:, None, None]
+    there = start.new_full((1, 1, 1, 1), length) if limit is None else limit[:, None, None, None].to(start.dtype)
     if sampling == "corner":
         bin_size, grid = extent / max(bins - 1, 1), torch.ones_like(extent)
         position = start + (extent / 2 if bins == 1 else index * bin_size)
-        counts = (position >= 0) & (position <= length - 1)
+        counts = (position >= 0) & (position <= there - 1)
     else:
         bin_size = extent / bins
         origin = start + index * bin_size
@@ -56,17 +58,19 @@ def axis_weights(
             first = ((cell - reach - origin) / (bin_size / grid) - 0.5).floor().clamp(min=0)
             sample = first + torch.arange(4 * reach + 2, device=start.device)
         position = origin + (sample + 0.5) * bin_size / grid
-        counts = (sample < grid) & (position >= -1) & (position <= length)
-    weight = INTERPOLATIONS[interpolation](cell, position.clamp(0, length - 1), length)
-    return torch.where(counts, weight, 0).sum(dim=-1) / torch.where(grid >= 1, grid, 1).squeeze(-1)  # NaN is not
+        counts = (sample < grid) & (position >= -1) & (position <= there)
+    weight = INTERPOLATIONS[interpolation](cell, position.minimum(there - 1).clamp(min=0), there)
+    return torch.where(counts & (cell < there), weight, 0).sum(dim=-1) / torch.where(grid >= 1, grid, 1).squeeze(
+        -1
+    )  # NaN is not
 
 
-def bilinear(cell: Tensor, position: Tensor, length: int) -> Tensor:
+def bilinear(cell: Tensor, position: Tensor, length: Tensor) -> Tensor:
     """Weight of `cell` in the linear interpolation at `position`, on a map of `length` cells."""
     return (1 - (cell - position).abs()).clamp(min=0)
 
 
-def bicubic(cell: Tensor, position: Tensor, length: int) -> Tensor:
+def bicubic(cell: Tensor, position: Tensor, length: Tensor) -> Tensor:
     """The same for Keys' cubic kernel with a = -0.75 (PyTorch's), where a border cell stands for those beyond it."""
 
     def keys(distance: Tensor) -> Tensor:
@@ -91,8 +95,12 @@ def roi_align(
     aligned: bool,
     interpolation: str = "bilinear",
     sampling: str = "average",
+    extents: Tensor | None = None,
 ) -> Tensor:
-    """See `fastmrcnn.ops.roi_align`; `rois` [R, 5] are (batch index, x1, y1, x2, y2)."""
+    """See `fastmrcnn.ops.roi_align`; `rois` [R, 5] are (batch index, x1, y1, x2, y2).
+
+    `extents` [N, 2] are the rows and columns of the map that belong to each image, by default all.
+    """
     num_images, channels, height, width = features.shape
     dtype = torch.promote_types(features.dtype, torch.float32)
     image, boxes = rois[:, 0], rois[:, 1:].detach().to(dtype) * spatial_scale - (0.5 if aligned else 0.0)
@@ -106,8 +114,9 @@ def roi_align(
     options = (sampling_ratio, interpolation, sampling)
     chunk = max(1, ELEMENTS_AT_ONCE // max(1, channels * height * width))
     for part in torch.arange(len(rois), device=rois.device).split(chunk):
-        wx = axis_weights(boxes[part, 0], extent[part, 0], output_size[1], width, *options)
-        wy = axis_weights(boxes[part, 1], extent[part, 1], output_size[0], height, *options)
+        rows, columns = (None, None) if extents is None else extents[image[part]].unbind(1)
+        wx = axis_weights(boxes[part, 0], extent[part, 0], output_size[1], width, *options, columns)
+        wy = axis_weights(boxes[part, 1], extent[part, 1], output_size[0], height, *options, rows)
         bins = wy[:, None] @ features[image[part]].to(dtype) @ wx[:, None].mT
         pooled.append(torch.where(present[part, None, None, None], bins, 0))
     return torch.cat(pooled).to(features.dtype) if pooled else features.new_zeros(0, channels, *output_size)
@@ -155,10 +164,12 @@ def multilevel_roi_align(
     aligned: bool,
     interpolation: str = "bilinear",
     sampling: str = "average",
+    extents: Tensor | None = None,
 ) -> Tensor:
     """See `fastmrcnn.ops.multilevel_roi_align`; `levels` [R] are given."""
     pooled = features[0].new_zeros(len(rois), features[0].shape[1], *output_size)
     for level, (feature, scale) in enumerate(zip(features, spatial_scales, strict=True)):
         here = torch.cat((torch.where(levels == level, rois[:, 0], -1)[:, None], rois[:, 1:]), dim=1)
-        pooled = pooled + roi_align(feature, here, output_size, scale, sampling_ratio, aligned, interpolation, sampling)
+        semantics = (output_size, scale, sampling_ratio, aligned, interpolation, sampling)
+        pooled = pooled + roi_align(feature, here, *semantics, None if extents is None else extents[:, level])
     return pooled

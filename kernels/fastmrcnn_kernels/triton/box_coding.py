@@ -137,6 +137,7 @@ def _decode_proposals_kernel(
     scores_ptr,
     base_anchors,
     sizes_ptr,
+    strides_ptr,
     weights,
     heights,
     widths,
@@ -156,7 +157,8 @@ def _decode_proposals_kernel(
 
     A program owns BLOCK of the K slots of one level of one image.  It computes its anchors from their numbers
     (y W + x) A + a and reads their four deltas where the head wrote them: `*_steps` are the strides of the maps, in
-    elements; `cell_*` those of the anchors, in pixels.  Numbers outside 0 .. H W A - 1 are padding.
+    elements; `cell_*` those of the anchors, in pixels, unless each image has its own, strides[n, l] (height, width).
+    Numbers outside 0 .. H W A - 1 are padding.
     """
     blocks = tl.cdiv(num_slots, BLOCK)
     segment = tl.program_id(0) // blocks
@@ -186,8 +188,12 @@ def _decode_proposals_kernel(
     dw, dh = tl.div_rn(dw, weights[2]), tl.div_rn(dh, weights[3])
 
     x1, y1, x2, y2 = load_rows(select(base_anchors, level), a, usable)
-    shift_x = (x * select_int(cell_widths, level)).to(tl.float32)
-    shift_y = (y * select_int(cell_heights, level)).to(tl.float32)
+    if strides_ptr is None:
+        cell_height, cell_width = select_int(cell_heights, level), select_int(cell_widths, level)
+    else:
+        cell_height = tl.load(strides_ptr + segment * 2).to(tl.int32)
+        cell_width = tl.load(strides_ptr + segment * 2 + 1).to(tl.int32)
+    shift_x, shift_y = (x * cell_width).to(tl.float32), (y * cell_height).to(tl.float32)
     x1, y1, x2, y2 = decode(dx, dy, dw, dh, shift_x + x1, shift_y + y1, shift_x + x2, shift_y + y2)
     image_height = tl.load(sizes_ptr + image * 2).to(tl.float32)
     image_width = tl.load(sizes_ptr + image * 2 + 1).to(tl.float32)
@@ -254,6 +260,7 @@ def decode_proposals(
     base_anchors: Sequence[Tensor],
     cell_heights: Sequence[int],
     cell_widths: Sequence[int],
+    strides: Tensor | None,
     sizes: Tensor,
     min_size: float,
     min_score: float,
@@ -263,6 +270,7 @@ def decode_proposals(
 
     `deltas` [N, 4 A, Hl, Wl] per level are read in place, whatever their strides.  Usable is a box of an anchor that
     exists, no side shorter than `min_size`, no score below `min_score`; where there is no such anchor the box is 0.
+    `strides`, int64 [N, L, 2], take the place of `cell_heights` and `cell_widths`.
     """
     boxes = torch.empty(*indices.shape, 4, dtype=torch.float32, device=indices.device)
     valid = torch.empty(indices.shape, dtype=torch.bool, device=indices.device)
@@ -278,6 +286,7 @@ def decode_proposals(
                 None if scores is None else scores.float().contiguous(),
                 tuple(base.float().contiguous() for base in base_anchors),
                 sizes.contiguous(),
+                None if strides is None else strides.contiguous(),
                 tuple(map(float, weights)),
                 runtime_ints(level.shape[2] for level in deltas),
                 runtime_ints(level.shape[3] for level in deltas),

@@ -64,6 +64,7 @@ def _roi_align_fwd_kernel(
     out_ptr,
     rois_ptr,
     levels_ptr,
+    extents_ptr,
     features,
     heights,
     widths,
@@ -84,7 +85,7 @@ def _roi_align_fwd_kernel(
 
     A program owns BLOCK_BINS of the P Q bins of one RoI and BLOCK_C channels; the programs of a RoI are neighbours, so
     that they find its cells in the cache.  All its bins visit their samples together, one after the other, and each
-    sample reads the 2 x 2 (bicubic: 4 x 4) cells around it.
+    sample reads the 2 x 2 (bicubic: 4 x 4) cells around it.  Maps are as large as extents[image, level] says, if given.
     """
     C_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     BIN_BLOCKS: tl.constexpr = (P * Q + BLOCK_BINS - 1) // BLOCK_BINS
@@ -102,8 +103,12 @@ def _roi_align_fwd_kernel(
     width = select_int(widths, level)
     scale = select(scales, level)
     map_ptr = select(features, level) + image.to(tl.int64) * height * width * C
-    tall = height.to(tl.float32)
-    wide = width.to(tl.float32)
+    if extents_ptr is not None:
+        extent_ptr = extents_ptr + (image.to(tl.int64) * len(features) + level) * 2
+        tall, wide = tl.load(extent_ptr).to(tl.float32), tl.load(extent_ptr + 1).to(tl.float32)
+        present = present & (tall > 0) & (wide > 0)
+    else:
+        tall, wide = height.to(tl.float32), width.to(tl.float32)
     start_y, size_y = interval(y1, y2, scale, P, ALIGNED, CORNER)
     start_x, size_x = interval(x1, x2, scale, Q, ALIGNED, CORNER)
     count_y = samples_per_bin(size_y, SAMPLING_RATIO, CORNER)
@@ -150,8 +155,12 @@ def roi_align_forward(
     scales: Sequence[float],
     sampler: Sampler,
     bounds: Sequence[float],
+    extents: Tensor | None = None,
 ) -> Tensor:
-    """Bins [R, C, P, Q], channels_last.  `bounds` separate the levels where `levels` [R] are not given."""
+    """Bins [R, C, P, Q], channels_last.  `bounds` separate the levels where `levels` [R] are not given.
+
+    `extents`, int64 [N, L, 2], are the rows and columns of the maps that belong to each image; by default all.
+    """
     height, width = output_size
     num_images, channels = features[0].shape[:2]
     out = features[0].new_empty(len(rois), height, width, channels)
@@ -164,6 +173,7 @@ def roi_align_forward(
                 out,
                 rois.float().contiguous(),
                 levels,
+                None if extents is None else extents.contiguous(),
                 tuple(feature.contiguous(memory_format=torch.channels_last) for feature in features),
                 runtime_ints(feature.shape[2] for feature in features),
                 runtime_ints(feature.shape[3] for feature in features),
