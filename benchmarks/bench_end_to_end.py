@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.detection_steps import detectors, photos
 from benchmarks.detectors import agreement
-from benchmarks.end_to_end import load_images, models
 from benchmarks.inputs import PHOTO, leave_out
+from benchmarks.measure import device_name
 
 SMALL = (240, 320)
 CASES = [(1, PHOTO), (2, PHOTO), (8, PHOTO), (1, SMALL)]
@@ -45,8 +46,9 @@ CONTENDERS = [
 @cache
 def both(count: int, size: tuple[int, int]) -> tuple[nn.Module, nn.Module, list[Tensor]]:
     """torchvision's model, ours, and images, which enter both at their own size."""
-    images = load_images(None, size, count)
-    return *models("maskrcnn_resnet50_fpn", images, min_size=size[0], max_size=size[1]), images
+    images = photos(None, [size] * count)
+    theirs, ours = detectors("maskrcnn_resnet50_fpn", None, images, min_size=size[0], max_size=size[1])
+    return theirs, ours, [image.to(device_name()).float() / 255 for image in images]
 
 
 def detection(model: nn.Module, images: list[Tensor], *, channels_last: bool) -> Callable[[], Detections]:

@@ -1,10 +1,15 @@
-"""A whole detection, ours and torchvision's in turn, in one process with the same weights and images.
+"""A whole detection, from bytes to results on the CPU: torchvision's, step by step to ours, in turn.
 
-    python -m benchmarks.end_to_end                       # 480x640, batch 1, the default model
-    python -m benchmarks.end_to_end --images photos --builder fasterrcnn_resnet50_fpn --json result.json
+    python -m benchmarks.end_to_end                             # what suits the device, batch 1
+    python -m benchmarks.end_to_end --size 800x1333 mixed --batch 1 8 --masks none bool rle --compiled
+    python -m benchmarks.end_to_end --checkpoint best.pt --images photos --json result.json
 
-Reports the p20, p50 and p80 of the times and of their ratio, pair by pair: on a machine whose speed drifts the ratio
-holds where the times do not.  The run fails if the detections of the two differ.
+One process, equal weights, the same images.  For each way (`benchmarks.detection_steps`): the p20, p50 and p80 of its
+times and of its ratio to torchvision as shipped, pair by pair, which holds where the speed of a machine drifts; what it
+asks of the device per image (operations, values read, and on a GPU kernels and waits); and how far it agrees with
+torchvision in float32, strictly and within what 16 bits blur.  Weights are random unless a checkpoint is given: enough
+for float32, but in 16 bits random networks agree with nobody, not even torchvision's with itself.  The run fails if
+ours in float32 differs.  Compilation is left out of the times, and stated.
 """
 
 from __future__ import annotations
@@ -17,60 +22,119 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
-from torch import Tensor, nn
-from torch.nn import functional
 
-import fastmrcnn
-from benchmarks.detectors import agreement, calibrate
-from benchmarks.measure import PERCENTILES, conditions, device_name, percentiles
-from fastmrcnn.data import Shapes, image_files, load_image
+from benchmarks.detection_steps import Setting, agreements, contenders, detectors, photos
+from benchmarks.measure import PERCENTILES, conditions, demands, device_name, percentiles
+from benchmarks.report import markdown
 from fastmrcnn.files import write_json
+
+MIXED = ((480, 640), (640, 480), (427, 640), (500, 375), (375, 500), (612, 612), (640, 426), (333, 500))
+BASELINE = "torchvision"
+LEAST = 0.98
+"""Share of the detections in float32 that have to have twins."""
 
 
 def main() -> None:
     """Run the benchmark of the command line."""
+    on_gpu = device_name() == "cuda"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--builder", default="maskrcnn_resnet50_fpn", help="a torchvision detector")
-    parser.add_argument("--images", type=Path, help="folder of photos; generated images otherwise")
-    parser.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"), help="photos are resized")
-    parser.add_argument("--batch", type=int, default=1, help="images per call")
-    parser.add_argument("--pairs", type=int, default=10, help="counted runs of each")
+    parser.add_argument("--builder", default="maskrcnn_resnet50_fpn", help="a torchvision detector, of random weights")
+    parser.add_argument("--checkpoint", type=Path, help="of ours, instead")
+    parser.add_argument("--images", type=Path, help="folder of photos, which are resized; generated images otherwise")
+    sizes = ["480x640", "800x1333", "mixed"] if on_gpu else ["480x640"]
+    parser.add_argument("--size", nargs="+", default=sizes, metavar="HxW", help="of the images; or mixed")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8] if on_gpu else [1], help="images per call")
+    masks = ["none", "soft", "bool", "bits", "rle"]
+    parser.add_argument("--masks", nargs="+", default=["none", "bool", "rle"] if on_gpu else ["soft"], choices=masks)
+    parser.add_argument("--pairs", type=int, default=30 if on_gpu else 5, help="counted runs of each")
+    parser.add_argument("--compiled", action="store_true", help="torchvision's networks by torch.compile, too")
+    parser.add_argument("--half", default="float16" if on_gpu else "bfloat16", choices=["float16", "bfloat16"])
     parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args()
 
-    images = load_images(options.images, tuple(options.size), options.batch)
-    theirs, ours = models(options.builder, images)
-    with torch.inference_mode():
-        agreed = agreement(theirs(images), ours(images))
-        times = paired_times({"torchvision": lambda: theirs(images), "fastmrcnn": lambda: ours(images)}, options.pairs)
-    result = report(times) | {"agreement": agreed, "inputs": inputs(options), "conditions": conditions()}
-    print(json.dumps(result, indent=2))
+    cases = []
+    for size in options.size:
+        for batch in options.batch:
+            images = photos(options.images, [of_image(size, i) for i in range(batch)])
+            theirs, ours = detectors(options.builder, options.checkpoint, images[:2])
+            for masks in options.masks:
+                wanted: Any = None if masks == "none" else masks
+                setting = Setting(images, wanted, getattr(torch, options.half))
+                case = {"model": options.checkpoint.name if options.checkpoint else options.builder}
+                case |= {"size": size, "batch": batch, "masks": masks}
+                case |= measured(contenders(theirs, ours, setting, compiled=options.compiled), batch, options.pairs)
+                cases.append(case)
+                print(table(case), flush=True)
+    kind = "photos" if options.images else "generated"
+    result = {"images": kind, "cases": cases, "conditions": conditions()}
     if options.json:
         write_json(options.json, result)
-    if agreed < 0.98:
-        raise SystemExit(f"only {agreed:.1%} of the detections agree: the times mean nothing")
+    else:
+        print(json.dumps(result["conditions"]))
+    if wrong := disagreements(cases):
+        raise SystemExit(f"{'; '.join(wrong)}: the times mean nothing")
 
 
-def models(builder: str, images: Sequence[Tensor], **arguments: Any) -> tuple[nn.Module, nn.Module]:
-    """torchvision's model and ours with equal random weights, scaled so that both detect as a trained model would."""
-    torch.manual_seed(0)
-    arguments |= {"weights": None, "weights_backbone": None}
-    theirs = getattr(torchvision.models.detection, builder)(**arguments).to(device_name()).eval()
-    calibrate(theirs, images)
-    ours = getattr(fastmrcnn, builder)(**arguments).to(device_name()).eval()
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
+def of_image(size: str, number: int) -> tuple[int, int]:
+    """Height and width of image `number`, by an option of the command line."""
+    if size == "mixed":
+        return MIXED[number % len(MIXED)]
+    try:
+        height, width = map(int, size.split("x"))
+    except ValueError:
+        raise SystemExit(f"--size {size}: expected HEIGHTxWIDTH, such as 480x640, or mixed") from None
+    return height, width
 
 
-def load_images(folder: Path | None, size: tuple[int, int], count: int) -> list[Tensor]:
-    """`count` images [3, H, W] of `size`, photos of `folder` or generated ones."""
-    if folder is None:
-        shapes = Shapes(count, image_size=size)
-        return [shapes[i][0].to(device_name()) for i in range(count)]
-    photos = [load_image(path) for path in image_files(folder)[:count]]
-    resized = [functional.interpolate(photo[None], size=size, mode="bilinear", antialias=True)[0] for photo in photos]
-    return [photo.clamp(0, 1).to(device_name()) for photo in resized]
+def measured(calls: dict[str, Callable[[], Any]], images: int, pairs: int) -> dict[str, Any]:
+    """What there is to say of each way to detect; of those that do not run here, why."""
+    found, running, expected = {}, {}, calls[BASELINE]()
+    for name, call in calls.items():
+        started = time.perf_counter()
+        try:
+            result = call()
+        except Exception as error:  # of any kind: the others are measured all the same
+            found[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            continue
+        first = time.perf_counter() - started
+        asked = {f"{what} per image": round(count / images, 1) for what, count in demands(call).items()}
+        found[name] = {"agreement": agreements(expected, result), "first_call_s": round(first, 2), **asked}
+        running[name] = call
+    times = paired_times(running, pairs)
+    for name, seconds in times.items():
+        ratio = torch.tensor(times[BASELINE]) / torch.tensor(seconds)
+        speedup = {f"p{p}": round(torch.quantile(ratio, p / 100).item(), 3) for p in PERCENTILES}
+        found[name] |= percentiles(seconds) | {"speedup": speedup, "images_per_s": round(images / min(seconds), 2)}
+    return {"detections": sum(len(image["boxes"]) for image in expected), "contenders": found}
+
+
+def table(case: dict[str, Any]) -> str:
+    """Milliseconds, ratios, counts and agreement, a row for each way, in Markdown."""
+    rows = []
+    for name, found in case["contenders"].items():
+        if "error" in found:
+            rows.append([name, found["error"], *[""] * 3])
+            continue
+        times = " / ".join(f"{found[f'p{p}_us'] / 1e3:,.1f}" for p in PERCENTILES)
+        ratios = " / ".join(f"{value:.2f}x" for value in found["speedup"].values())
+        counts = [f"{value:,.0f}" for key, value in found.items() if key.endswith("per image")]
+        agreed = " / ".join(f"{share:.1%}" for share in found["agreement"].values())
+        rows.append([name, times, ratios, " / ".join(counts), agreed])
+    keys = next(found for found in case["contenders"].values() if "error" not in found)
+    counted = " / ".join(key.removesuffix(" per image") for key in keys if key.endswith("per image"))
+    header = [f"{case['model']}, {case['batch']} x {case['size']}, masks: {case['masks']}", "ms", "torchvision over it"]
+    return markdown([*header, f"{counted} per image", "agreement"], rows) + "\n"
+
+
+def disagreements(cases: Sequence[dict[str, Any]]) -> list[str]:
+    """Ours in float32 that do not agree with torchvision's."""
+    return [
+        f"{name} agrees in {found['agreement']['strictly']:.1%} of the detections"
+        for case in cases
+        for name, found in case["contenders"].items()
+        if name.startswith("fastmrcnn") and not ("AMP" in name or "float16" in name)
+        if "error" not in found and found["agreement"]["strictly"] < LEAST
+    ]
 
 
 def paired_times(calls: dict[str, Callable[[], object]], pairs: int, warm_up: int = 2) -> dict[str, list[float]]:
@@ -93,12 +157,6 @@ def report(times: dict[str, list[float]]) -> dict[str, Any]:
     ratio = torch.tensor(times["torchvision"]) / torch.tensor(times["fastmrcnn"])
     speedup = {f"p{p}": round(torch.quantile(ratio, p / 100).item(), 3) for p in PERCENTILES}
     return {name: percentiles(values) for name, values in times.items()} | {"speedup": speedup}
-
-
-def inputs(options: argparse.Namespace) -> dict[str, Any]:
-    """What was run."""
-    images = "photos" if options.images else "generated"
-    return {"builder": options.builder, "size": list(options.size), "batch": options.batch, "images": images}
 
 
 if __name__ == "__main__":

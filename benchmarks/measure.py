@@ -88,7 +88,7 @@ class Operations(TorchDispatchMode):
     For each of the latter a program waits for its GPU.
     """
 
-    READS = ("_local_scalar_dense", "nonzero", "unique", "masked_select")
+    READS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "unique", "masked_select")
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Operations(TorchDispatchMode):
             isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8)
             for x in (args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ())
         )
-        self.reads += masks or name.startswith(self.READS)
+        self.reads += masks or name == "where" or name.startswith(self.READS)  # `where` of a condition alone
         return func(*args, **(kwargs or {}))
 
 
