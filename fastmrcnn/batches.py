@@ -70,6 +70,10 @@ class LoadedBatch:
         """The same on `device`."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def copied(self) -> LoadedBatch:
+        """The same in other memory."""
+        return self._with(Tensor.clone)
+
     def _with(self, change: Callable[[Tensor], Tensor]) -> LoadedBatch:
         changed: dict[str, Any] = {}
         for field in fields(self):

@@ -44,6 +44,7 @@ from fastmrcnn.inference import default_device
 from fastmrcnn.models.config import build_model
 from fastmrcnn.training.augmentation import transforms, view
 from fastmrcnn.training.best import Best
+from fastmrcnn.training.capture import CapturedLearner
 from fastmrcnn.training.config import AugmentConfig, DataConfig, LogConfig, OptimConfig, TrainConfig
 from fastmrcnn.training.dashboards import check_log, validation_pictures
 from fastmrcnn.training.failures import EXIT_STATUS, Termination, describe_nonfinite, explaining_memory
@@ -167,7 +168,8 @@ class Training:
         self.model = model.to(device=device, memory_format=torch.channels_last).train()
         average = None if optim.ema is None else WeightAverage(model, optim.ema)
         optimizer = build_optimizer(model, optim, self.lr)
-        self.learner = Learner(model, optimizer, optim, config.precision, average)
+        learner = CapturedLearner if config.capture else Learner
+        self.learner: Learner = learner(model, optimizer, optim, config.precision, average)
         self.best = Best(config.patience)
 
         items = TrainingItems(

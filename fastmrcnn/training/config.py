@@ -132,6 +132,7 @@ class TrainConfig:
             fewer images per step there are more of both, so that as many images are seen (0 takes them as they are).
         batch_size: images per process and batch.
         precision: of the network's arithmetic (automatic mixed precision); weights are float32.
+        capture: run steps as CUDA graphs, one for each size of batches; on a GPU, in one process.
         init: checkpoint whose weights training starts from; layers of other shapes, such as those for other classes,
             start anew, and are named.
         evaluate_every: epochs between evaluations; the last epoch always is evaluated.
@@ -155,6 +156,7 @@ class TrainConfig:
     steps: int | None = None
     batch_size: int = 4
     precision: Precision = "float32"
+    capture: bool = False
     init: Path | None = None
     evaluate_every: int = 1
     max_detections: int | None = None

@@ -54,6 +54,9 @@ class Learner:
         average: of the weights, brought up to date after each update; None for none.
     """
 
+    forgets = True
+    """Whether gradients are no tensors between steps, rather than zeros in the same memory."""
+
     def __init__(
         self,
         model: GeneralizedRCNN,
@@ -94,12 +97,20 @@ class Learner:
         for part, batch in enumerate(batches):
             seed_all(*seed, rank() + part * world_size())
             with self._alone(part + 1 < len(batches)):
-                losses = self.losses(batch)
-                self.scaler.scale(torch.stack(list(losses.values())).sum() / len(batches)).backward()
+                losses = self._gradients(batch, len(batches))
             for name, loss in losses.items():
-                share = loss.detach() / len(batches)
+                share = loss / len(batches)
                 total[name] = total[name] + share if name in total else share
-        return total | {"grad_norm": self._update()}
+        norm = self._update()
+        if self.average is not None:
+            self.average.update(self.model)
+        return total | {"grad_norm": norm}
+
+    def _gradients(self, batch: LoadedBatch, parts: int) -> dict[str, Tensor]:
+        """Add to the gradients of the weights those of a batch, one of `parts` of a step; returns its losses."""
+        losses = self.losses(batch)
+        self.scaler.scale(torch.stack(list(losses.values())).sum() / parts).backward()
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def _alone(self, accumulating: bool) -> AbstractContextManager[Any]:
         """Without adding up gradients over processes: only the last batch of a step does."""
@@ -108,6 +119,7 @@ class Learner:
         return contextlib.nullcontext()
 
     def _update(self) -> Tensor:
+        """Update the weights by their gradients, which are nothing afterwards; returns the norm of these."""
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -115,9 +127,7 @@ class Learner:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update(None if self.scales else 1.0)
-        self.optimizer.zero_grad()
-        if self.average is not None:
-            self.average.update(self.model)
+        self.optimizer.zero_grad(set_to_none=self.forgets)
         return norm
 
     def averaged(self) -> AbstractContextManager[Any]:
@@ -127,7 +137,10 @@ class Learner:
     def set_learning_rate(self, lr: float) -> None:
         """The learning rate of the updates that follow."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
     def state_dict(self) -> dict[str, Any]:
         """All but the weights of the model: tensors and numbers."""

@@ -23,6 +23,7 @@ from fastmrcnn.data.views import Resize
 from fastmrcnn.models.config import build_model
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
 from fastmrcnn.ops.implementations import IMPLEMENTATIONS
+from fastmrcnn.training.capture import WARM_UP, CapturedLearner
 from fastmrcnn.training.config import OptimConfig
 from fastmrcnn.training.optim import WeightAverage, schedule_factor
 from fastmrcnn.training.readings import Readings
@@ -66,15 +67,16 @@ def kernel(op: str, *arguments: Any) -> tuple[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("builder", "precision"),
+    ("builder", "precision", "kind", "steps"),
     [
-        ("maskrcnn_resnet50_fpn", "float32"),
-        ("maskrcnn_resnet50_fpn", "bfloat16"),
-        ("maskrcnn_resnet50_fpn", "float16"),
-        ("keypointrcnn_resnet50_fpn", "float32"),
+        ("maskrcnn_resnet50_fpn", "float32", Learner, 2),
+        ("maskrcnn_resnet50_fpn", "bfloat16", Learner, 2),
+        ("maskrcnn_resnet50_fpn", "float16", Learner, 2),
+        ("keypointrcnn_resnet50_fpn", "float32", Learner, 2),
+        ("maskrcnn_resnet50_fpn", "float16", CapturedLearner, WARM_UP + 2),
     ],
 )
-def test_a_whole_step_reads_nothing(builder: str, precision: str, fake: None) -> None:
+def test_a_whole_step_reads_nothing(builder: str, precision: str, kind: type[Learner], steps: int, fake: None) -> None:
     """From bytes to new weights: forward, losses, backward, scaling, clipping, optimizer, average, schedule, notes.
 
     On a fake CPU, since PyTorch's backward pass asks a fake GPU for a real one; in fused updates, those of a GPU.
@@ -83,7 +85,7 @@ def test_a_whole_step_reads_nothing(builder: str, precision: str, fake: None) ->
     network = getattr(fastmrcnn, builder)(weights=None, weights_backbone=None, num_classes=3, **few).train()
     sgd = torch.optim.SGD(network.parameters(), 0.01, 0.9, fused=True)
     options = OptimConfig(clip_norm=1.0, accumulate=2)
-    learns = Learner(network, sgd, options, precision, WeightAverage(network, 0.9))
+    learns = kind(network, sgd, options, precision, WeightAverage(network, 0.9))
     factor = schedule_factor(options, 10, 5, in_steps=False)
     batch = LoadedBatch(
         image_ids=[1, 2],
@@ -99,10 +101,10 @@ def test_a_whole_step_reads_nothing(builder: str, precision: str, fake: None) ->
         keypoints=torch.rand(2, 5, 17, 3),
     )
     readings: Readings | None = None
-    for step in range(2):
+    for step in range(steps):
         learns.set_learning_rate(0.02 * factor(step))
         values = learns.learn([batch, batch], (0, step))
-        readings = readings or Readings(list(values), 4, "cpu")
+        readings = readings or Readings(list(values), steps, "cpu")
         readings.add(step, values, batch.image_ids)
     assert values["grad_norm"].shape == ()
     assert all(value.dtype == torch.float32 for value in values.values())
