@@ -115,7 +115,10 @@ def _cudnn(x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor, *rest: Any
 
 
 class FusedLinear(nn.Module):
-    """relu(W x + b), where relu is optional; maps [R, C, P, P] are taken as they lie in memory, channels last."""
+    """relu(W x + b), where relu is optional, in the dtype of its weights.
+
+    Maps [R, C, P, P] are taken as they lie in memory, channels last.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool, channels: int | None = None) -> None:
         """`weight` [out, in]; with `channels` its columns are those of flattened maps of so many channels."""
@@ -130,6 +133,7 @@ class FusedLinear(nn.Module):
         """[R, out] of [R, in], or of maps."""
         if x.dim() == 4:
             x = x.permute(0, 2, 3, 1).flatten(1)
+        x = x.to(self.weight.dtype)
         if self.relu:
             return torch._addmm_activation(self.bias, x, self.weight.t())
         return functional.linear(x, self.weight, self.bias)

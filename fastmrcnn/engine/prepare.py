@@ -13,7 +13,7 @@ from torchvision.models.detection.rpn import RPNHead
 
 from fastmrcnn.batches import DetectionBatch, ImageBatch, widen
 from fastmrcnn.engine.fusion import fuse, has_hooks
-from fastmrcnn.engine.layers import ClassMasks, FusedRPNHead
+from fastmrcnn.engine.layers import ClassMasks, FusedLinear, FusedRPNHead
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
 from fastmrcnn.models.roi_heads import Features, pool
 
@@ -52,7 +52,17 @@ def prepare(model: GeneralizedRCNN, dtype: torch.dtype, *, with_masks: bool = Tr
         heads.mask_predictor, own = fused_mask_predictor(heads.mask_predictor)
         if own:
             heads.masks = partial(class_masks, heads)
-    return model.to(dtype=dtype, memory_format=torch.channels_last)
+    model.to(dtype=dtype, memory_format=torch.channels_last)
+    # In 16 bits a class score is off by a percent, and the side of a box by half of one; and these layers are small.
+    if is_fused_linear(heads.box_predictor):
+        heads.box_predictor.to(torch.promote_types(dtype, torch.float32))
+    return model
+
+
+def is_fused_linear(module: nn.Module) -> bool:
+    """Whether all that a module learns is in fused linear layers."""
+    layers = [m for m in module.modules() if isinstance(m, FusedLinear)]
+    return len(list(module.parameters())) == sum(len(list(layer.parameters())) for layer in layers)
 
 
 def pooled_like(model: GeneralizedRCNN, name: str) -> Tensor | None:
