@@ -1,4 +1,4 @@
-"""The command `fastmrcnn`: train, evaluate, predict, summary, demo."""
+"""The command `fastmrcnn`: train, evaluate, predict, export, summary, demo."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 from jsonargparse import ArgumentParser
 
 from fastmrcnn import demo, evaluate, predict, summary, train
+from fastmrcnn.export import ExportConfig
+from fastmrcnn.export import run as run_export
 from fastmrcnn.training.config import DataConfig
 from fastmrcnn.training.recipes import RECIPES
 
@@ -20,6 +22,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], Any], str]] = {
     "train": (train.TrainConfig, train.run, "train a detector on COCO-format data"),
     "evaluate": (evaluate.EvaluateConfig, evaluate.run, "average precision of a checkpoint or of a results file"),
     "predict": (predict.PredictConfig, predict.run, "detect objects in images: pictures and a COCO results file"),
+    "export": (ExportConfig, run_export, "write a detector as a file that runs without this library"),
     "summary": (summary.SummaryConfig, summary.run, "parameters and floating-point operations per layer"),
     "demo": (demo.DemoConfig, demo.run, "train a small model on generated shapes and draw what it finds"),
 }

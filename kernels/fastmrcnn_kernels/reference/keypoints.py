@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import while_loop
 
 
 def bicubic_weights(length: Tensor, cells: int, pixels: int) -> Tensor:
@@ -39,17 +40,31 @@ def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor, max_size: tuple[int, 
     x_out = torch.arange(max_size[1], device=boxes.device) >= pixels[:, :1]
     y_out = torch.arange(max_size[0], device=boxes.device) >= pixels[:, 1:]
 
-    peaks, scores = [], []
-    for i in range(len(boxes)):  # one canvas of K x H x W at a time
-        canvas = wy[i] @ heatmaps[i] @ wx[i].T
-        canvas = canvas.masked_fill(y_out[i, :, None] | x_out[i], -torch.inf).flatten(1)
-        score, peak = canvas.max(dim=1)
-        scores.append(score)
-        peaks.append(peak)
-    if not peaks:
+    if not len(boxes):
         return heatmaps.new_zeros(0, heatmaps.shape[1], 3), heatmaps.new_zeros(0, heatmaps.shape[1])
 
-    peak = torch.stack(peaks)
+    def highest(i: Tensor) -> tuple[Tensor, Tensor]:
+        """Height and number of the highest pixel of each heatmap of box `i`, int64 [1]: one canvas of K x H x W."""
+        y, maps, x, below, beside = (v.index_select(0, i)[0] for v in (wy, heatmaps, wx, y_out, x_out))
+        canvas = (y @ maps @ x.T).masked_fill(below[:, None] | beside, -torch.inf)
+        return canvas.flatten(1).max(dim=1)
+
+    boxes_in_turn = torch.arange(len(boxes), device=boxes.device)
+    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and heatmaps.requires_grad):
+        # A loop that stays one, since it compiles in a tenth of the time.  Its counter is on the CPU, or each turn
+        # would wait for the device; and heatmaps are copied, since AOTInductor frees a view in every turn.
+        heatmaps = heatmaps.index_select(0, boxes_in_turn)
+
+        def take(turn: Tensor, scores: Tensor, peaks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            i = turn.view(1).to(boxes.device, non_blocking=True)
+            here, (score, peak) = (boxes_in_turn == i)[:, None], highest(i)
+            return turn + 1, torch.where(here, score, scores), torch.where(here, peak, peaks)
+
+        none = heatmaps.new_zeros(heatmaps.shape[:2])
+        start = (torch.zeros((), dtype=torch.int64, device="cpu"), none, none.to(torch.int64))
+        _, scores, peak = while_loop(lambda turn, *_: turn < len(boxes), take, start)
+    else:
+        scores, peak = map(torch.stack, zip(*map(highest, boxes_in_turn.split(1)), strict=True))
     cell = torch.stack((peak % max_size[1], peak // max_size[1]), dim=-1) + 0.5
     xy = cell * (extent / pixels)[:, None] + boxes[:, None, :2]
-    return torch.cat((xy, torch.ones_like(xy[..., :1])), dim=-1), torch.stack(scores)
+    return torch.cat((xy, torch.ones_like(xy[..., :1])), dim=-1), scores

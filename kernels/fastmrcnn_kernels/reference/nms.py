@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import while_loop
+from torch.nn.functional import pad
 
 from fastmrcnn_kernels.reference.boxes import pairwise_iou
 
@@ -23,14 +25,29 @@ def padded_nms(
     order = slots.expand_as(valid)
     if not presorted:
         order = scores.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    boxes = boxes.gather(1, order[..., None].expand_as(boxes))
+    # Indices have no gradient, and loops in a graph none to give.
+    boxes = boxes.detach().gather(1, order[..., None].expand_as(boxes))
     alive = valid.gather(1, order)
     groups = None if groups is None else groups.gather(1, order)
-    for i in range(boxes.shape[1]):
-        overlaps = pairwise_iou(boxes[:, i : i + 1], boxes).squeeze(1) > iou_threshold
+    limit = torch.full((), iou_threshold, dtype=boxes.dtype, device=boxes.device)  # a loop takes no symbolic float
+
+    def suppress(i: Tensor, alive: Tensor) -> Tensor:
+        """Those of `alive` that box `i`, int64 [], leaves."""
+        index = i.view(1)
+        overlaps = pairwise_iou(boxes.index_select(1, index), boxes).squeeze(1) > limit
         if groups is not None:
-            overlaps = overlaps & (groups == groups[:, i : i + 1])
-        alive = alive & ~(alive[:, i : i + 1] & overlaps & (slots > i))
+            overlaps = overlaps & (groups == groups.index_select(1, index))
+        return alive & ~(alive.index_select(1, index) & overlaps & (slots > i))
+
+    if torch.compiler.is_compiling():
+        # A loop that stays one: unrolled, a thousand boxes would be a graph that takes hours to compile.
+        end = pad(torch.where(alive, slots + 1, 0).flatten(), (0, 1)).max()  # after the last box that is alive
+        alive = while_loop(
+            lambda i, alive: i < end, lambda i, alive: (i + 1, suppress(i, alive)), (torch.zeros_like(end), alive)
+        )[1]
+    else:
+        for i in slots.unbind():
+            alive = suppress(i, alive)
     return compact(order, alive, max_keep)
 
 
