@@ -130,7 +130,8 @@ def compile(
         image_sizes: (height, width) in pixels, one or several, of the images to come.  An image of another size is run
             as the smallest of these that holds it.
         batch_sizes: one or several; more images than the largest at once are run in several batches.
-        dtype: of weights and maps, on a CPU float32 (the default) or bfloat16.  Boxes and scores are float32 anyway.
+        dtype: of weights and maps: on a GPU float16 (the default), bfloat16, or float32, which is TF32 where PyTorch is
+            allowed that; on a CPU float32 (the default) or bfloat16.  Boxes and scores are float32 anyway.
         masks: their format, see :class:`fastmrcnn.Predictor`; None leaves them out.
         mask_threshold: a pixel belongs to a mask where the soft mask is above this, 0 to below 1.
 
@@ -139,6 +140,7 @@ def compile(
 
     Raises:
         ValueError, TypeError: an argument is none of these, or the model has a part that cannot be run so.
+        RuntimeError: the model cannot be captured as a CUDA graph; the message names the part.
     """
     model = accelerate(model)
     device = device_of(model)
@@ -160,4 +162,4 @@ def compile(
         runner = HostRunner(prepared, dtype, masks, mask_threshold)
     else:
         runner = DeviceRunner(prepared, buckets, batches, dtype, masks, mask_threshold)
-    return Engine(runner, model.transform, buckets, batches, dtype, masks)
+    return Engine(runner, prepared.transform, buckets, batches, dtype, masks)

@@ -20,10 +20,30 @@ from fastmrcnn.engine.layers import FusedConv2d, FusedLinear
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 RELU = {functional.relu, functional.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
+IN_PLACE = {
+    f"__{function.__name__}__": function
+    for function in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+}
+
+
+class Proxy(fx.Proxy):
+    """Knows `x += y` from `x + y`: x may be read by another name."""
+
+
+def _in_place(function: Any) -> Any:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name, _function in IN_PLACE.items():
+    setattr(Proxy, _name, _in_place(_function))
 
 
 class Tracer(fx.Tracer):
     """Stops at the layers that are fused."""
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        """What stands for the result of `node`."""
+        return Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         """Frozen norms, too, are one operation here."""
@@ -79,7 +99,6 @@ def fused_graph(module: nn.Module, graph: fx.Graph, example: Tensor | None) -> f
             fuse_chain(result, node, layer)
         elif isinstance(layer, nn.Linear):
             fuse_linear(result, node, layer)
-    graph.eliminate_dead_code()
     result.delete_all_unused_submodules()
     result.recompile()
     return result
@@ -87,28 +106,40 @@ def fused_graph(module: nn.Module, graph: fx.Graph, example: Tensor | None) -> f
 
 def fuse_chain(module: fx.GraphModule, node: fx.Node, conv: nn.Conv2d) -> None:
     """Replace the convolution `node`, and norm, sum and activation that follow, by one node in place of the last."""
-    last, norm, other = node, None, None
-    if (user := only_user(last)) and isinstance(found := layer_of(module, user), NORMS):
-        last, norm = user, found
-    if (user := only_user(last)) and is_call(user, ADD) and len(user.args) == 2 and not user.kwargs:
-        first, second = user.args
-        summand = second if first is last else first
+    chain, norm, other = [node], None, None
+    if (user := only_user(node)) and is_affine(found := layer_of(module, user)):
+        chain, norm = [*chain, user], found
+    if (user := only_user(chain[-1])) and (summand := added(user, chain[-1])) and is_relu(module, only_user(user)):
         # Alone the sum is worth nothing on a GPU, whose fused convolutions end in an activation.
-        if isinstance(summand, fx.Node) and summand is not last and is_relu(module, only_user(user)):
-            last, other = user, summand
-    relu = is_relu(module, user := only_user(last))
-    last = user if relu and user is not None else last
-    replace(module, node, last, fused_convolution(conv, norm, relu), (node.args[0], *([other] if other else [])))
+        chain, other = [*chain, user], summand
+    if relu := is_relu(module, user := only_user(chain[-1])):
+        chain = [*chain, *([user] if user else [])]
+    if any(is_in_place(module, x) for x in between(node, chain[-1]) if x not in chain):
+        chain, norm, other, relu = [node], None, None, False  # what is read might be something else by then
+    replace(module, chain, fused_convolution(conv, norm, relu), (node.args[0], *([other] if other else [])))
+
+
+def added(node: fx.Node, to: fx.Node) -> fx.Node | None:
+    """What `node` adds to the result of another, if it does no more."""
+    if not is_call(node, ADD) or len(node.args) != 2 or node.kwargs:
+        return None
+    first, second = node.args
+    if first is not to and node.target in (operator.iadd, "add_"):
+        return None  # the sum is in the memory of the other summand
+    summand = second if first is to else first
+    return summand if isinstance(summand, fx.Node) and summand is not to else None
 
 
 def fuse_linear(module: fx.GraphModule, node: fx.Node, linear: nn.Linear) -> None:
     """Replace a linear layer, and the activation that follows, by one node."""
     relu = is_relu(module, user := only_user(node))
-    last = user if relu and user is not None else node
     source = node.args[0]
     assert isinstance(source, fx.Node)
     maps, channels = flattened(module, source)
-    replace(module, node, last, fused_linear(linear, relu, channels), (source if maps is None else maps,))
+    chain = [node, user] if relu and user else [node]
+    replace(module, chain, fused_linear(linear, relu, channels), (source if maps is None else maps,))
+    if maps is not None and not source.users:
+        module.graph.erase_node(source)
 
 
 def flattened(module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node | None, int | None]:
@@ -125,17 +156,16 @@ def flattened(module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node | None, in
     return (maps, known.shape[1]) if known is not None and len(known.shape) == 4 else (None, None)
 
 
-def replace(module: fx.GraphModule, first: fx.Node, last: fx.Node, layer: nn.Module, args: Sequence[Any]) -> None:
-    """Put `layer` in the place of the nodes from `first` to `last`."""
-    name = f"{first.target}".replace(".", "_") + "_fused"
+def replace(module: fx.GraphModule, chain: Sequence[fx.Node], layer: nn.Module, args: Sequence[Any]) -> None:
+    """Put `layer` in the place of nodes, of which each but the last is read by the next alone."""
+    name = f"{chain[0].name}_fused"  # of the call: a layer that is called twice may become two
     module.add_module(name, layer)
-    with module.graph.inserting_after(last):
+    with module.graph.inserting_after(chain[-1]):
         new = module.graph.call_module(name, tuple(args))
-    new.meta = dict(last.meta)
-    last.replace_all_uses_with(new)
-    for node in reversed(list(between(first, last))):
-        if not node.users and node is not new:
-            module.graph.erase_node(node)
+    new.meta = dict(chain[-1].meta)
+    chain[-1].replace_all_uses_with(new)
+    for node in reversed(chain):
+        module.graph.erase_node(node)
 
 
 def between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
@@ -167,6 +197,13 @@ def is_relu(module: fx.GraphModule, node: fx.Node | None) -> bool:
     return is_call(node, RELU) or isinstance(layer_of(module, node), nn.ReLU)
 
 
+def is_in_place(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` changes what it reads."""
+    layer = layer_of(module, node)
+    asked = getattr(layer, "inplace", False) or node.kwargs.get("inplace", False)
+    return bool(asked) or node.target in IN_PLACE.values() or str(node.target).endswith("_")
+
+
 def fusible(conv: nn.Conv2d) -> bool:
     """Whether `FusedConv2d` computes the same."""
     zeros = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
@@ -182,6 +219,11 @@ def fused_convolution(conv: nn.Conv2d, norm: nn.Module | None, relu: bool) -> Fu
         weight = (weight.double() * scale[:, None, None, None]).to(weight.dtype)
         bias = (bias.double() * scale + shift).to(bias.dtype)
     return FusedConv2d(conv, weight, bias, relu)
+
+
+def is_affine(layer: nn.Module | None) -> bool:
+    """Whether it is a norm by numbers that it has, and not by those of its input."""
+    return isinstance(layer, NORMS) and layer.running_mean is not None
 
 
 def affine(norm: Any) -> tuple[Tensor, Tensor]:

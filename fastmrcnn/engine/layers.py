@@ -30,7 +30,10 @@ class Canvases:
     def step(self, maps: Tensor) -> int:
         """Pixels to a cell, a power of two."""
         assert self.images is not None
-        return 2 ** round(math.log2(self.images.tensors.shape[-2] / maps.shape[-2]))
+        sides = zip(self.images.tensors.shape[-2:], maps.shape[-2:], strict=True)
+        return 2 ** round(
+            math.log2(max(pixels / cells for pixels, cells in sides))
+        )  # the last cell may be a part of one
 
 
 class ClearBeyond(nn.Module):
@@ -59,20 +62,30 @@ class FusedConv2d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
-        self.geometry = list(conv.stride), [int(p) for p in conv.padding], list(conv.dilation), conv.groups
+        self.geometry: Any = list(conv.stride), [int(p) for p in conv.padding], list(conv.dilation), conv.groups
         self.relu = relu
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """Maps [N, out, H', W'] of maps [N, in, H, W]; `z` has the shape of the result."""
+        """Maps [N, out, H', W'] of maps [N, in, H, W]; `z` has that shape, or is broadcast."""
         if self.canvases is not None and self.looks_around:
             x = self.canvases.clear_beyond(x)
-        run = _fused_convolution(x)
+        run = _fused_convolution(x) if z is None or z.shape == self.shape(x) else None
         if run is not None and (self.relu or (z is not None and x.device.type == "cpu")):
             return run(x, z, self.weight, self.bias, *self.geometry, self.relu)
         y = functional.conv2d(x, self.weight, self.bias, *self.geometry)
         if z is not None:
-            y = y.add_(z)
+            y = y + z
         return y.relu_() if self.relu else y
+
+    def shape(self, x: Tensor) -> tuple[int, ...]:
+        """That of the result, before a sum."""
+        sides = [
+            (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for side, kernel, stride, padding, dilation in zip(
+                x.shape[2:], self.weight.shape[2:], *self.geometry[:3], strict=True
+            )
+        ]
+        return (x.shape[0], len(self.weight), *sides)
 
     @property
     def looks_around(self) -> bool:

@@ -20,7 +20,8 @@ from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh)
 CELLWISE_LAYERS = (*ACTIVATIONS, nn.BatchNorm2d, FrozenBatchNorm2d, nn.Identity, nn.Dropout, ClearBeyond)
-CELLWISE = ADD | RELU | {operator.mul, torch.mul, torch.cat, torch.sigmoid, getattr, operator.getitem, "size", "mul"}
+MUL = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+CELLWISE = ADD | RELU | MUL | {torch.cat, torch.sigmoid, getattr, operator.getitem, "size"}
 """What gives for each cell something that depends on that cell alone; or takes sizes and members."""
 
 
