@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +18,23 @@ def calibrate(model: nn.Module, images: list[Tensor]) -> None:
     heads.detections_per_img, heads.score_thresh = 10, 0.0  # always some to see how activations spread
     tensors = model.transform(list(images))[0].tensors
     settle_norms(model, lambda: model(list(images)))
-    for block in model.backbone.fpn.inner_blocks:
-        rescale(block, 1.0, lambda: model.backbone(tensors))
-    stages = [(model.rpn.head.cls_logits, 2.0), (model.rpn.head.bbox_pred, 0.3)]
-    stages += [(heads.box_predictor.cls_score, 2.5), (heads.box_predictor.bbox_pred, 1.0)]
+    rescale([(block, 1.0) for block in model.backbone.fpn.inner_blocks], lambda: model.backbone(tensors))
+    stages = [[(model.rpn.head.cls_logits, 2.0), (model.rpn.head.bbox_pred, 0.3)]]
+    stages += [[(heads.box_predictor.cls_score, 2.5), (heads.box_predictor.bbox_pred, 1.0)]]
     if heads.has_mask():
-        stages += [(heads.mask_predictor.mask_fcn_logits, 2.0)]
+        stages += [[(heads.mask_predictor.mask_fcn_logits, 2.0)]]
     if heads.has_keypoint():
-        stages += [(heads.keypoint_predictor.kps_score_lowres, 2.0)]
-    for stage, wanted in stages:
-        rescale(stage, wanted, lambda: model(list(images)))
+        stages += [[(heads.keypoint_predictor.kps_score_lowres, 2.0)]]
+    for layers in stages:
+        rescale(layers, lambda: model(list(images)))
     heads.detections_per_img, heads.score_thresh = before
 
 
 def settle_norms(model: nn.Module, run: Callable[[], object]) -> None:
     """Set the running statistics of batch norms to those of `run`, so that evaluation and training spread alike."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not norms:
+        return
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
@@ -44,21 +46,27 @@ def settle_norms(model: nn.Module, run: Callable[[], object]) -> None:
         norm.eval()
 
 
-def rescale(stage: nn.Module, wanted: float, run: Callable[[], object]) -> None:
-    """Scale the weights of the layer `stage`, or the first in it, so that its output spreads by `wanted` in `run`.
+def rescale(stages: Sequence[tuple[nn.Module, float]], run: Callable[[], object]) -> None:
+    """Scale the weights of layers so that the output of each spreads by the number beside it in `run`.
 
-    The bias of a linear layer becomes what makes its mean output 0: no class wins everywhere.
+    A stage is a layer, or has it first; none may depend on another.  The bias of a linear layer becomes what makes its
+    mean output 0: no class wins everywhere.
     """
-    layer = stage if isinstance(stage, nn.Conv2d | nn.Linear | nn.ConvTranspose2d) else stage[0]
-    seen: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda _m, _i, output: seen.append(output))
+    layers: list[Any] = [x if isinstance(x, nn.Conv2d | nn.Linear | nn.ConvTranspose2d) else x[0] for x, _ in stages]
+    seen: list[list[Tensor]] = [[] for _ in stages]
+    handles = [
+        layer.register_forward_hook(lambda _m, _i, output, outputs=outputs: outputs.append(output))
+        for layer, outputs in zip(layers, seen, strict=True)
+    ]
     with torch.no_grad():
         run()
-        scale = wanted / torch.cat([x.flatten() for x in seen]).std()
-        layer.weight *= scale
-        if isinstance(layer, nn.Linear):
-            layer.bias.copy_(scale * (layer.bias - torch.cat(seen).mean(dim=0)))
-    handle.remove()
+        for layer, outputs, (_, wanted) in zip(layers, seen, stages, strict=True):
+            scale = wanted / torch.cat([x.flatten() for x in outputs]).std()
+            layer.weight *= scale
+            if isinstance(layer, nn.Linear):
+                layer.bias.copy_(scale * (layer.bias - torch.cat(outputs).mean(dim=0)))
+    for handle in handles:
+        handle.remove()
 
 
 def agreement(theirs: Sequence[dict[str, Tensor]], ours: Sequence[dict[str, Tensor]]) -> float:

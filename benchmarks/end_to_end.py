@@ -6,16 +6,17 @@
 
 One process, equal weights, the same images.  For each way (`benchmarks.detection_steps`): the p20, p50 and p80 of its
 times and of its ratio to torchvision as shipped, pair by pair, which holds where the speed of a machine drifts; what it
-asks of the device per image (operations, values read, and on a GPU kernels and waits); and how far it agrees with
+asks of the device per image (operations, values read, and on a GPU launches and waits); and how far it agrees with
 torchvision in float32, strictly and within what 16 bits blur.  Weights are random unless a checkpoint is given: enough
 for float32, but in 16 bits random networks agree with nobody, not even torchvision's with itself.  The run fails if
-ours in float32 differs.  Compilation is left out of the times, and stated.
+ours does not run, or in float32 differs.  Times are without compilation, which the first call includes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,9 +103,8 @@ def measured(calls: dict[str, Callable[[], Any]], images: int, pairs: int) -> di
         running[name] = call
     times = paired_times(running, pairs)
     for name, seconds in times.items():
-        ratio = torch.tensor(times[BASELINE]) / torch.tensor(seconds)
-        speedup = {f"p{p}": round(torch.quantile(ratio, p / 100).item(), 3) for p in PERCENTILES}
-        found[name] |= percentiles(seconds) | {"speedup": speedup, "images_per_s": round(images / min(seconds), 2)}
+        rate = round(images / statistics.median(seconds), 2)
+        found[name] |= percentiles(seconds) | {"speedup": speedup(times[BASELINE], seconds), "images_per_s": rate}
     return {"detections": sum(len(image["boxes"]) for image in expected), "contenders": found}
 
 
@@ -113,28 +113,31 @@ def table(case: dict[str, Any]) -> str:
     rows = []
     for name, found in case["contenders"].items():
         if "error" in found:
-            rows.append([name, found["error"], *[""] * 3])
+            rows.append([name, found["error"], *[""] * 4])
             continue
         times = " / ".join(f"{found[f'p{p}_us'] / 1e3:,.1f}" for p in PERCENTILES)
         ratios = " / ".join(f"{value:.2f}x" for value in found["speedup"].values())
         counts = [f"{value:,.0f}" for key, value in found.items() if key.endswith("per image")]
         agreed = " / ".join(f"{share:.1%}" for share in found["agreement"].values())
-        rows.append([name, times, ratios, " / ".join(counts), agreed])
+        rows.append([name, times, ratios, f"{found['first_call_s']:.1f}", " / ".join(counts), agreed])
     keys = next(found for found in case["contenders"].values() if "error" not in found)
     counted = " / ".join(key.removesuffix(" per image") for key in keys if key.endswith("per image"))
     header = [f"{case['model']}, {case['batch']} x {case['size']}, masks: {case['masks']}", "ms", "torchvision over it"]
+    header.append("first call, s")
     return markdown([*header, f"{counted} per image", "agreement"], rows) + "\n"
 
 
 def disagreements(cases: Sequence[dict[str, Any]]) -> list[str]:
-    """Ours in float32 that do not agree with torchvision's."""
-    return [
-        f"{name} agrees in {found['agreement']['strictly']:.1%} of the detections"
-        for case in cases
-        for name, found in case["contenders"].items()
-        if name.startswith("fastmrcnn") and not ("AMP" in name or "float16" in name)
-        if "error" not in found and found["agreement"]["strictly"] < LEAST
-    ]
+    """Ours that do not run, or in float32 do not agree with torchvision's."""
+    wrong = []
+    for name, found in (pair for case in cases for pair in case["contenders"].items()):
+        ours = name.startswith("fastmrcnn")
+        exact = not ("AMP" in name or "float16" in name)
+        if ours and "error" in found:
+            wrong.append(f"{name} does not run: {found['error']}")
+        elif ours and exact and (share := found["agreement"]["strictly"]) < LEAST:
+            wrong.append(f"{name} agrees in {share:.1%} of the detections")
+    return wrong
 
 
 def paired_times(calls: dict[str, Callable[[], object]], pairs: int, warm_up: int = 2) -> dict[str, list[float]]:
@@ -152,11 +155,10 @@ def paired_times(calls: dict[str, Callable[[], object]], pairs: int, warm_up: in
     return times
 
 
-def report(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Percentiles of each time, and of torchvision's time over ours."""
-    ratio = torch.tensor(times["torchvision"]) / torch.tensor(times["fastmrcnn"])
-    speedup = {f"p{p}": round(torch.quantile(ratio, p / 100).item(), 3) for p in PERCENTILES}
-    return {name: percentiles(values) for name, values in times.items()} | {"speedup": speedup}
+def speedup(baseline: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
+    """Percentiles of the ratio of two lists of times, pair by pair."""
+    ratio = torch.tensor(baseline) / torch.tensor(seconds)
+    return {f"p{p}": round(torch.quantile(ratio, p / 100).item(), 3) for p in PERCENTILES}
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import fastmrcnn
-from benchmarks.end_to_end import paired_times, report
-from benchmarks.measure import conditions, device_name
+from benchmarks.end_to_end import paired_times, speedup
+from benchmarks.measure import conditions, device_name, percentiles
 from fastmrcnn.batches import DetectionBatch, ImageBatch
 from fastmrcnn.data import Shapes, collate
 from fastmrcnn.evaluate import evaluate
@@ -179,7 +179,9 @@ def main() -> None:
     times = paired_times(calls, options.pairs, warm_up=0)
     inputs = {"images": options.images, "size": list(SIZE), "detections": DETECTIONS, "batch": options.batch}
     ap = {kind: round(float(stats[0]), 4) for kind, stats in numbers["fastmrcnn"].items()}
-    result = report(times) | {"AP": ap, "difference": differs, "inputs": inputs, "conditions": conditions()}
+    result: dict[str, Any] = {name: percentiles(seconds) for name, seconds in times.items()}
+    result |= {"speedup": speedup(times["torchvision"], times["fastmrcnn"]), "AP": ap, "difference": differs}
+    result |= {"inputs": inputs, "conditions": conditions()}
     print(json.dumps(result, indent=2))
     if options.json:
         write_json(options.json, result)

@@ -106,7 +106,7 @@ class Operations(TorchDispatchMode):
 
 
 def demands(call: Callable[[], object]) -> dict[str, int]:
-    """What `call`, which ran before, asks of the device: operations, values; on a GPU also kernels and waits for it."""
+    """What `call`, which ran before, asks of the device: operations, values; on a GPU also launches, and waits."""
     with Operations() as operations:
         call()
     found = {"operations": operations.count, "reads": operations.reads}
@@ -115,7 +115,7 @@ def demands(call: Callable[[], object]) -> dict[str, int]:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             call()
         names = [event.name for event in profiler.events()]
-        found["kernels"] = sum("LaunchKernel" in name for name in names)
+        found["launches"] = sum("LaunchKernel" in name or "GraphLaunch" in name for name in names)
         found["waits"] = sum("StreamSynchronize" in name for name in names)
     return found
 

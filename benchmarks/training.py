@@ -196,7 +196,7 @@ def table(case: dict[str, Any]) -> str:
     for stage in [*STAGES, "step"]:
         times = [found["stages"][stage] for found in contenders.values()]
         rows.append([stage, *(" / ".join(f"{found[f'p{p}_us'] / 1e3:,.1f}" for p in PERCENTILES) for found in times)])
-    for key in ("operations", "reads", "kernels", "waits"):
+    for key in ("operations", "reads", "launches", "waits"):
         counts = [found.get(key) for found in contenders.values()]
         if None not in counts:
             rows.append([key, *(f"{count:,}" for count in counts)])

@@ -21,6 +21,14 @@ BUILDERS = [
     "keypointrcnn_resnet50_fpn",
 ]
 
+KINDS = [
+    "maskrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_fpn_v2",
+    "fasterrcnn_mobilenet_v3_large_fpn",
+    "keypointrcnn_resnet50_fpn",
+]
+"""One of each that differs."""
+
 
 def pair(builder: str, images: list[Tensor], **kwargs: Any) -> tuple[nn.Module, nn.Module]:
     """torchvision's model and ours, in evaluation mode, with the same weights."""
@@ -37,6 +45,14 @@ def pair(builder: str, images: list[Tensor], **kwargs: Any) -> tuple[nn.Module, 
     ours = getattr(fastmrcnn, builder)(**arguments).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs, ours
+
+
+def step(model: nn.Module, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The losses of a model, whose gradients are those of their sum."""
+    model.train().zero_grad()
+    losses = model(images, targets)
+    torch.stack(list(losses.values())).sum().backward()
+    return losses
 
 
 def targets_for(images: list[Tensor], counts: list[int], *, keypoints: int = 0) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Engines of a GPU without one: on the CPU, and on tensors that are fake."""
+"""The ways of a GPU without one: on the CPU, and on tensors that are fake."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastmrcnn.batches
+import fastmrcnn.models.sampling
 import fastmrcnn.ops.detections
 import fastmrcnn.ops.images
 import fastmrcnn.ops.masks
@@ -19,7 +20,7 @@ import fastmrcnn_kernels.torchvision_ops
 
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the CPU take the way of a GPU: nothing is read or trimmed, operations are the reference's."""
-    modules: list[Any] = [fastmrcnn.batches, fastmrcnn_kernels.torchvision_ops]
+    modules: list[Any] = [fastmrcnn.batches, fastmrcnn.models.sampling, fastmrcnn_kernels.torchvision_ops]
     modules += [fastmrcnn.ops.detections, fastmrcnn.ops.images, fastmrcnn.ops.masks, fastmrcnn.ops.roi]
     for module in (*modules, fastmrcnn.ops.suppression):
         monkeypatch.setattr(module, "on_host", lambda tensor: False)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision.models.detection as torchvision_detection
-from detectors import BUILDERS, targets_for
+from detectors import BUILDERS, step, targets_for
 from tiny import IMAGES, tiny
 from torch import Tensor, nn
 from torchvision.models.detection import rpn as torchvision_rpn
@@ -41,13 +41,6 @@ def assert_same_detections(theirs: nn.Module, ours: nn.Module, images: list[Tens
     assert [list(result) for result in found] == [list(result) for result in expected]
     assert sum(len(result["boxes"]) for result in expected) > 5
     assert agreement(expected, found) == 1
-
-
-def step(model: nn.Module, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
-    model.train().zero_grad()
-    losses = model(images, targets)
-    torch.stack(list(losses.values())).sum().backward()
-    return losses
 
 
 @pytest.mark.parametrize("builder", BUILDERS)

@@ -90,10 +90,10 @@ def model() -> fastmrcnn.MaskRCNN:
     heads.keypoint_roi_pool = MultiScaleRoIAlign(maps, 7, 2)
     heads.keypoint_head = KeypointRCNNHeads(channels, (channels,))
     heads.keypoint_predictor = KeypointRCNNPredictor(channels, 5)
-    stages = [(model.rpn.head.cls_logits, 2.0), (model.rpn.head.bbox_pred, 0.3), (heads.box_predictor.cls_score, 2.5)]
-    stages += [(heads.box_predictor.bbox_pred, 1.0), (heads.keypoint_predictor.kps_score_lowres, 2.0)]
-    for stage, spread in stages:
-        rescale(stage, spread, lambda: model([image / 255 for image in images()]))
+    rpn, boxes = model.rpn.head, heads.box_predictor
+    stages = [[(rpn.cls_logits, 2.0), (rpn.bbox_pred, 0.3)], [(boxes.cls_score, 2.5), (boxes.bbox_pred, 1.0)]]
+    for layers in [*stages, [(heads.keypoint_predictor.kps_score_lowres, 2.0)]]:
+        rescale(layers, lambda: model([image / 255 for image in images()]))
     return model.to(DEVICE)
 
 
@@ -246,9 +246,9 @@ def test_errors_of_the_command(options: dict[str, Any], said: str, checkpoint: P
 def test_errors_of_the_function(model: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     with pytest.raises(TypeError, match=r"model: expected a detector of fastmrcnn, got Linear; fastmrcnn\.accelerate"):
-        export(nn.Linear(1, 1), path, image_size=SIZE)  # type: ignore[arg-type]
+        export(nn.Linear(1, 1), path, image_size=SIZE)
     with pytest.raises(ValueError, match=r"format: expected aoti or pt2, got 'onnx'"):
-        export(model, path, image_size=SIZE, format="onnx")  # type: ignore[arg-type]
+        export(model, path, image_size=SIZE, format="onnx")
     (tmp_path / "folder.pt2").mkdir()
     with pytest.raises(IsADirectoryError):
         export(model, tmp_path / "folder.pt2", image_size=SIZE, format="pt2")

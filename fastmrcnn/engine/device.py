@@ -130,7 +130,8 @@ def captured(step: Step, stream: torch.cuda.Stream, pool: Any) -> Callable[[], F
     benchmark = torch.backends.cudnn.benchmark
     graph = torch.cuda.CUDAGraph()
     try:
-        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+        reproducible = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+        torch.backends.cudnn.benchmark = not reproducible
         with torch.cuda.device(stream.device):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):

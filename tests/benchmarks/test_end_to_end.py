@@ -27,8 +27,8 @@ def pair(images: list[Tensor]) -> tuple[Any, Any]:
     return detectors("maskrcnn_resnet50_fpn", None, images, **SMALL)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the ways of a CPU; those of a GPU are run by the benchmark")
-def test_all_ways_are_measured(pair: tuple[Any, Any], images: list[Tensor]) -> None:
+def test_all_ways_are_measured(pair: tuple[Any, Any], images: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     calls = contenders(*pair, Setting(images, "rle", torch.bfloat16))
 
     def broken() -> Any:
@@ -43,16 +43,18 @@ def test_all_ways_are_measured(pair: tuple[Any, Any], images: list[Tensor]) -> N
         assert 0 < found[name]["p20_us"] <= found[name]["p80_us"]
         assert found[name]["operations per image"] > 100
     assert found["torchvision"]["speedup"]["p50"] == 1
-    assert found["torchvision"]["reads per image"] > found["fastmrcnn engine"]["reads per image"]
-    for name in ("torchvision channels_last", "fastmrcnn", "fastmrcnn engine"):
+    assert found["torchvision"]["reads per image"] > found["fastmrcnn engine float32"]["reads per image"]
+    for name in ("torchvision channels_last", "fastmrcnn", "fastmrcnn engine float32"):
         assert found[name]["agreement"]["strictly"] >= end_to_end.LEAST
     labelled = {"model": "m", "size": "96x128", "batch": 2, "masks": "rle"} | case
     text = end_to_end.table(labelled)
     assert all(name in text for name in found)
     assert len({line.count("|") for line in text.splitlines() if line}) == 1
     assert end_to_end.disagreements([labelled]) == []
-    found["fastmrcnn engine"]["agreement"]["strictly"] = 0.9
-    assert end_to_end.disagreements([labelled]) == ["fastmrcnn engine agrees in 90.0% of the detections"]
+    found["fastmrcnn engine float32"]["agreement"]["strictly"] = 0.9
+    assert end_to_end.disagreements([labelled]) == ["fastmrcnn engine float32 agrees in 90.0% of the detections"]
+    found["fastmrcnn engine float32"] = found["broken"]
+    assert end_to_end.disagreements([labelled]) == ["fastmrcnn engine float32 does not run: RuntimeError: no such way"]
 
 
 def test_without_masks(pair: tuple[Any, Any], images: list[Tensor]) -> None:

@@ -27,7 +27,7 @@ from fastmrcnn.engine.padding import keep_apart
 from fastmrcnn.engine.prepare import prepare
 from fastmrcnn.engine.step import Step
 
-SMALL = {"rpn_post_nms_top_n_test": 40, "box_detections_per_img": 20, "min_size": 96, "max_size": 160}
+SMALL = {"rpn_post_nms_top_n_test": 30, "box_detections_per_img": 8, "min_size": 96, "max_size": 160}
 SIZES = [(480, 704), (704, 480)]
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from detections import as_dict, assert_same_detections
-from detectors import pair
+from detectors import KINDS, pair
 from strategies import DEVICE
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -22,12 +22,6 @@ from fastmrcnn import DetectionBatch, ImageBatch, ops
 from fastmrcnn.export import trace
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
 
-BUILDERS = [
-    "maskrcnn_resnet50_fpn",
-    "maskrcnn_resnet50_fpn_v2",
-    "fasterrcnn_mobilenet_v3_large_fpn",
-    "keypointrcnn_resnet50_fpn",
-]
 FEW = {"rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 30, "box_detections_per_img": 10}
 KERNELS = {
     *("topk_anchors", "decode_proposals", "sorted_nms", "merge_levels"),
@@ -74,7 +68,7 @@ def fresh() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=BUILDERS)
+@pytest.fixture(scope="module", params=KINDS)
 def case(request: pytest.FixtureRequest) -> Case:
     with torch.no_grad():
         return case_of(detector(request.param), *SIZES)

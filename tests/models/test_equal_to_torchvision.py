@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from detectors import BUILDERS, pair, targets_for
+from detectors import BUILDERS, pair, step, targets_for
 from torch import Tensor, nn
 
 from benchmarks.detectors import agreement
@@ -61,13 +59,6 @@ def exhaustive(builder: str, images: list[Tensor]) -> tuple[nn.Module, nn.Module
     """A pair that samples everything, and the images, in float64, where the order of additions does not show."""
     theirs, ours = pair(builder, images, **EXHAUSTIVE)
     return theirs.double(), ours.double(), [image.double() for image in images]
-
-
-def step(model: nn.Module, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
-    model.train().zero_grad()
-    losses = model(images, targets)
-    torch.stack(list(losses.values())).sum().backward()
-    return losses
 
 
 @pytest.mark.parametrize("builder", BUILDERS)

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torchvision.models.detection as torchvision_detection
-from detectors import pair, targets_for
+from detectors import KINDS, pair, targets_for
+from engines import elsewhere
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmrcnn
-import fastmrcnn.batches
 import fastmrcnn.models.sampling
-import fastmrcnn_kernels.torchvision_ops
 from fastmrcnn import DetectionBatch, ImageBatch, ProposalBatch, TargetBatch
 from fastmrcnn.batches import PackedMasks
 
@@ -53,15 +52,7 @@ def fake_batch() -> tuple[ImageBatch, TargetBatch]:
     return images, targets
 
 
-@pytest.mark.parametrize(
-    "builder",
-    [
-        "maskrcnn_resnet50_fpn",
-        "maskrcnn_resnet50_fpn_v2",
-        "fasterrcnn_mobilenet_v3_large_fpn",
-        "keypointrcnn_resnet50_fpn",
-    ],
-)
+@pytest.mark.parametrize("builder", KINDS)
 def test_no_synchronisation(builder: str, fake_cuda: None) -> None:
     """On fake tensors a value that is read, or a shape that depends on one, is an error."""
     model = getattr(fastmrcnn, builder)(**FEW)
@@ -125,14 +116,6 @@ def test_torchvision_does_synchronise(fake_cuda: None) -> None:
         model([torch.rand(3, 120, 150)])
 
 
-def not_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the CPU take the way of a GPU: nothing trimmed, reference operations."""
-    modules = [fastmrcnn.batches, fastmrcnn.models.sampling, fastmrcnn.ops.suppression, fastmrcnn.ops.masks]
-    modules += [fastmrcnn.ops.detections]
-    for module in (*modules, fastmrcnn_kernels.torchvision_ops):
-        monkeypatch.setattr(module, "on_host", lambda tensor: False)
-
-
 def same_results(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]], tolerance: float) -> None:
     for x, y in zip(a, b, strict=True):
         assert torch.equal(x["labels"], y["labels"])
@@ -148,7 +131,7 @@ def test_trimmed_and_padded_detections_agree(
     _, model = pair(builder, photos[:2], **few, box_detections_per_img=20, min_size=96, max_size=128)
     with torch.inference_mode():
         trimmed = model(photos[:2])
-        not_on_host(monkeypatch)
+        elsewhere(monkeypatch)
         padded = model(photos[:2])
     assert min(len(result["boxes"]) for result in trimmed) > 0
     same_results(trimmed, padded, 1e-3)
@@ -168,7 +151,7 @@ def test_trimmed_and_padded_losses_agree(builder: str, monkeypatch: pytest.Monke
     for target in targets:
         target["boxes"] = target["boxes"].double()
     trimmed = model(images, targets)
-    not_on_host(monkeypatch)
+    elsewhere(monkeypatch)
     padded = model(images, targets)
     for name, value in trimmed.items():
         torch.testing.assert_close(padded[name], value, rtol=1e-5, atol=1e-12, msg=name)
