@@ -44,7 +44,7 @@ def photo_bytes(photos: list[Tensor]) -> list[Tensor]:
 @pytest.fixture(scope="module")
 def detector(photos: list[Tensor]) -> nn.Module:
     """With few detections, for what does not depend on their number."""
-    return pair("maskrcnn_resnet50_fpn", photos, **FEW, box_detections_per_img=10)[1].to(DEVICE)
+    return pair("maskrcnn_resnet50_fpn", photos[:1], **FEW, box_detections_per_img=10)[1].to(DEVICE)
 
 
 def compiled(model: nn.Module, **options: Any) -> fastmrcnn.Engine:

@@ -11,6 +11,7 @@ import torch
 from detections import as_dict, assert_same_detections
 from detectors import KINDS, pair
 from strategies import DEVICE
+from tiny import tiny
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._guards import TracingContext, tracing
@@ -52,12 +53,17 @@ def case_of(model: GeneralizedRCNN, *sizes: tuple[int, int]) -> Case:
     return Case(model, batch, found, as_dict(exact))
 
 
-def detector(builder: str, min_size: int = 64) -> GeneralizedRCNN:
-    """With random weights that find something; images of `SIZES` become `min_size` high."""
+def detector(builder: str) -> GeneralizedRCNN:
+    """With random weights that find something; images of `SIZES` become 64 high."""
     some = [image.cpu() for image in images(*SIZES)]
-    model = pair(builder, some, **FEW, min_size=min_size, max_size=192)[1].to(DEVICE)
+    model = pair(builder, some, **FEW, min_size=64, max_size=192)[1].to(DEVICE)
     assert isinstance(model, GeneralizedRCNN)
     return model
+
+
+def small() -> GeneralizedRCNN:
+    """Of few layers, since what is traced is the flow between them."""
+    return tiny(fastmrcnn.MaskRCNN, maps=("0", "1"), **FEW).to(DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +74,7 @@ def fresh() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[kind for kind in KINDS if not kind.endswith("v2")])  # it has other layers only
 def case(request: pytest.FixtureRequest) -> Case:
     with torch.no_grad():
         return case_of(detector(request.param), *SIZES)
@@ -110,18 +116,19 @@ def test_exports(case: Case) -> None:
 
 
 def test_another_size_is_one_more_graph() -> None:
-    model = detector("fasterrcnn_mobilenet_v3_large_fpn")
+    model = small()
     backend = CompileCounterWithBackend("eager")
     compiled = torch.compile(model.detect, fullgraph=True, backend=backend)
     for sizes in (SIZES, ((80, 60), (50, 70)), SIZES):
         case = case_of(model, *sizes)
+        assert case.found["count"].min() > 0
         assert_same_detections(as_dict(compiled(case.batch)), case.found, case.exact)
     assert backend.frame_count <= 2
 
 
 def test_any_size_is_one_graph() -> None:
-    """Some 15 s: PyTorch computes with sizes that are formulas.  A map of a single cell would be another graph."""
-    model = detector("fasterrcnn_mobilenet_v3_large_320_fpn", 128)
+    """PyTorch computes with sizes that are formulas.  A map of a single cell would be another graph."""
+    model = small()
     backend = CompileCounterWithBackend("eager")
     compiled = torch.compile(model.detect, fullgraph=True, backend=backend, dynamic=True)
     first = case_of(model, *SIZES)
