@@ -6,6 +6,7 @@ the others are padding: what they hold never reaches a result.  `count` stays on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -30,6 +31,14 @@ class ImageBatch:
     tensors: Tensor
     sizes: Tensor
     canvases: Tensor | None = None
+
+    def stride(self, maps: Tensor) -> int:
+        """Pixels to a cell of `maps` [N, C, H, W], which have been halved some times, rounded up.
+
+        That shows in the last cell, which may be a part of one, and least on the longer side.
+        """
+        sides = zip(self.tensors.shape[-2:], maps.shape[-2:], strict=True)
+        return 2 ** round(math.log2(max(pixels / cells for pixels, cells in sides)))
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,15 +24,7 @@ class Canvases:
         """Maps of the network, in place: what lies beyond the canvas of its image becomes `value`."""
         if self.images is None or self.images.canvases is None:
             return maps
-        return ops.clear_beyond_(maps, self.images.canvases, self.step(maps), value)
-
-    def step(self, maps: Tensor) -> int:
-        """Pixels to a cell, a power of two."""
-        assert self.images is not None
-        sides = zip(self.images.tensors.shape[-2:], maps.shape[-2:], strict=True)
-        return 2 ** round(
-            math.log2(max(pixels / cells for pixels, cells in sides))
-        )  # the last cell may be a part of one
+        return ops.clear_beyond_(maps, self.images.canvases, self.images.stride(maps), value)
 
 
 class ClearBeyond(nn.Module):

@@ -5,7 +5,6 @@ N images, L levels, A anchors per cell, K proposals per image.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -36,10 +35,7 @@ class RegionProposalNetwork(torchvision_rpn.RegionProposalNetwork):
         logits, deltas = [x.detach() for x in logits], [x.detach() for x in deltas]
         slots = min(self.pre_nms_top_n(), max(x[0].numel() for x in logits))
         if images.canvases is not None:
-            steps = self.steps(images, logits)
-            logits = [
-                ops.clear_beyond_(x, images.canvases, step, -torch.inf) for x, step in zip(logits, steps, strict=True)
-            ]
+            logits = [ops.clear_beyond_(x, images.canvases, images.stride(x), -torch.inf) for x in logits]
         best, indices = ops.topk_anchors(logits, slots)
         if images.canvases is not None:
             indices = torch.where(best > -torch.inf, indices, -1)
@@ -106,13 +102,8 @@ class RegionProposalNetwork(torchvision_rpn.RegionProposalNetwork):
         height, width = images.tensors.shape[-2:]
         if images.canvases is None:
             return [(height // x.shape[-2], width // x.shape[-1]) for x in maps]
-        own = [images.canvases // cells(images.canvases, step).clamp(min=1) for step in self.steps(images, maps)]
+        own = [images.canvases // cells(images.canvases, images.stride(x)).clamp(min=1) for x in maps]
         return torch.stack(own, dim=1)
-
-    def steps(self, images: ImageBatch, maps: Sequence[Tensor]) -> list[int]:
-        """The power of two that halvings have left of a side, for each level, however often they rounded it up."""
-        height = images.tensors.shape[-2]
-        return [2 ** round(math.log2(height / x.shape[-2])) for x in maps]
 
     def all_anchors(self, images: ImageBatch, maps: Sequence[Tensor]) -> Tensor:
         """Every anchor of every level, the same for all images: [1, sum of Hl Wl A, 4]."""

@@ -124,7 +124,7 @@ class CapturedLearner(Learner):
                 self.programs[key] = Program(fixed, self._captured(lambda: gradients(fixed, parts)))
             program = self.programs[key]
             program.load(batch)
-            return {name: loss.clone() for name, loss in program.run().items()}
+            return program.run()
 
     def _update(self) -> Tensor:
         self.updates += 1
@@ -170,12 +170,11 @@ class CapturedLearner(Learner):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned, also that of a `Learner`.
 
-        Graphs are forgotten: what the optimizer remembers has another place then.
+        The graph of the update is forgotten: what the optimizer remembers has another place then.
         """
         super().load_state_dict(state)
         for group in self.optimizer.param_groups:
             group["lr"] = torch.tensor(float(group["lr"]), device=self.parameters[0].device)
             if "capturable" in group:
                 group["capturable"] = True
-        self.programs.clear()
         self.updates, self.captured_update = 0, None

@@ -5,6 +5,7 @@ On a CPU it is run as it is, but as if the tensors were elsewhere: in fixed shap
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from detectors import pair
 from engines import elsewhere, fake_cuda_model
+from tiny import tiny
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -71,6 +73,33 @@ def test_images_are_found_what_is_in_them_alone(photos: list[Tensor], monkeypatc
                 torch.testing.assert_close(b[key], a[key], rtol=1e-6, atol=1e-6, msg=key)
 
 
+@pytest.mark.parametrize("sides", [[(160, 160), (96, 128), (32, 96)], [(32, 192), (32, 96), (32, 32)]])
+def test_proposals_are_of_anchors_on_the_canvas(
+    sides: list[tuple[int, int]], detector: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there are fewer than are wanted, and where a map's side is no power of two of the canvas's."""
+    generator = torch.Generator().manual_seed(0)
+    canvases = torch.tensor(sides)
+    levels = [[tuple(-(-side // step) for side in canvas) for step in (4, 8, 16, 32, 64)] for canvas in sides]
+    logits = [torch.randn(3, 3, *side, generator=generator) for side in levels[0]]
+    deltas = [torch.randn(3, 12, *side, generator=generator) * 0.3 for side in levels[0]]
+    elsewhere(monkeypatch)
+    rpn = copy.deepcopy(detector.rpn)
+    rpn._post_nms_top_n["testing"] = 2000
+    sizes = canvases - torch.tensor([[3, 5]])
+    images = ImageBatch(torch.zeros(3, 3, *sides[0]), sizes, canvases)
+    together = rpn.propose(images, [x.clone() for x in logits], deltas)
+    for i, canvas in enumerate(canvases.tolist()):
+        parts = [
+            [x[i : i + 1, :, :h, :w] for x, (h, w) in zip(maps, levels[i], strict=True)] for maps in (logits, deltas)
+        ]
+        alone = rpn.propose(ImageBatch(torch.zeros(1, 3, *canvas), sizes[i : i + 1]), *parts)
+        count = int(alone.count)
+        assert 0 < count < 2000
+        assert int(together.count[i]) == count
+        assert torch.equal(together.boxes[i, :count], alone.boxes[0, :count])
+
+
 def test_keypoints(photos: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where peaks of a heatmap are equal either may be taken: their heights are compared, float32 in torchvision."""
     _, model = pair("keypointrcnn_resnet50_fpn", photos[:1], **SMALL | {"box_detections_per_img": 4})
@@ -112,6 +141,7 @@ def as_graph(step: Step) -> Callable[[], Found]:
     """A function that does as `step`, and overwrites what it has returned, as a CUDA graph does."""
     found = step()
 
+    @torch.inference_mode()
     def replay() -> Found:
         again = step().detections
         for field in fields(DetectionBatch):
@@ -128,8 +158,7 @@ def test_results_outlive_the_next_run(
     engine = device_engine(detector, [1], torch.float32, masks="bool")
     elsewhere(monkeypatch)
     programs: Any = engine._runner.programs
-    with torch.inference_mode():
-        programs |= {key: (step, as_graph(step)) for key, (step, _) in programs.items()}
+    programs |= {key: (step, as_graph(step)) for key, (step, _) in programs.items()}
     images = as_bytes(photos)
     expected = [engine([image])[0] for image in images[:2]]
     first = engine.begin(images[:1])
@@ -166,6 +195,12 @@ def test_backbones_that_are_not_understood(detector: Any) -> None:
     model = prepare(detector, torch.float32)
     model.backbone = Blurred(model.backbone)
     assert keep_apart(model, Canvases()) == ["backbone (Blurred)"]
+
+
+def test_canvases_that_are_no_multiples() -> None:
+    """Then a cell may be a part of one."""
+    model = prepare(tiny(fastmrcnn.MaskRCNN, size_divisible=16), torch.float32)
+    assert keep_apart(model, Canvases())[-1] == "transform.size_divisible is 16, of which 32 is no divisor"
 
 
 def test_who_clears(detector: Any) -> None:
