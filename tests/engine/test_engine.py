@@ -116,6 +116,7 @@ def test_the_model_is_left_alone(detector: nn.Module, photo_bytes: list[Tensor])
         for parameter in model.parameters():
             parameter.zero_()
     model.roi_heads.score_thresh = 0.9
+    model.transform.min_size, model.transform.image_mean = (64,), [0.0]
     assert torch.equal(engine(photo_bytes[:1])[0]["boxes"], expected[0]["boxes"])
 
 
