@@ -95,7 +95,7 @@ def measured(calls: dict[str, Callable[[], Any]], images: int, pairs: int) -> di
         try:
             result = call()
         except Exception as error:  # of any kind: the others are measured all the same
-            found[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            found[name] = {"error": ": ".join((type(error).__name__, *str(error).splitlines()[:1]))}
             continue
         first = time.perf_counter() - started
         asked = {f"{what} per image": round(count / images, 1) for what, count in demands(call).items()}

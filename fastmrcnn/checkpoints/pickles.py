@@ -12,7 +12,7 @@ import os
 import pickle
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -25,14 +25,15 @@ def load_pickle(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: it cannot be read.
         ValueError: the file is damaged, or names something that is no array; nothing of it has been executed.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file {path}")
+    data = io.BytesIO(path.read_bytes())  # of which no more can be read than there is, whatever length it claims
     try:
-        # From memory, where no more can be read than there is, whatever length the file claims.
-        return _content(_Unpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load())
+        return _content(_Unpickler(data, encoding="latin1").load())
     except pickle.UnpicklingError as error:
         raise ValueError(f"checkpoint: {path} is no file of arrays and texts ({error})") from error
     except Exception as error:  # of any kind: damage shows in many ways
@@ -112,6 +113,13 @@ NAMES: dict[tuple[str, str], Any] = {
 """What a pickle may name, by module and name, and what stands for it."""
 
 
+def _build(reader: Any) -> None:
+    """Give an object its state: one of ours alone, or it would be set in a function or class of the table."""
+    if not isinstance(reader.stack[-2], _Type | _Array):
+        raise pickle.UnpicklingError("it sets attributes of something")
+    pickle._Unpickler.dispatch[pickle.BUILD[0]](reader)
+
+
 class _Unpickler(pickle._Unpickler):
     """Python's own in Python: that in C takes the memory that a hostile index of its memo asks for."""
 
@@ -120,6 +128,8 @@ class _Unpickler(pickle._Unpickler):
         if (module, name) not in NAMES:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is not called")
         return NAMES[module, name]
+
+    dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {pickle.BUILD[0]: _build}
 
 
 def _content(value: Any) -> Any:

@@ -34,11 +34,15 @@ def test_all_ways_are_measured(pair: tuple[Any, Any], images: list[Tensor], monk
     def broken() -> Any:
         raise RuntimeError("no such way\nhere")
 
-    case = end_to_end.measured(calls | {"broken": broken}, 2, 1)
+    def silent() -> Any:
+        raise AssertionError
+
+    case = end_to_end.measured(calls | {"broken": broken, "silent": silent}, 2, 1)
     assert case["detections"] > 0
     found = case["contenders"]
     assert found["broken"] == {"error": "RuntimeError: no such way"}
-    assert set(found) == {*calls, "broken"}
+    assert found["silent"] == {"error": "AssertionError"}
+    assert set(found) == {*calls, "broken", "silent"}
     for name in calls:
         assert 0 < found[name]["p20_us"] <= found[name]["p80_us"]
         assert found[name]["operations per image"] > 100

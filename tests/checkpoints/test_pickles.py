@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastmrcnn.checkpoints.pickles import load_pickle
+from fastmrcnn.checkpoints.pickles import NAMES, load_pickle
 
 CONTENT: dict[str, Any] = {
     "model": OrderedDict(
@@ -112,6 +112,29 @@ def of_array(shape: tuple[int, ...], data: bytes, dtype: str = "f4") -> bytes:
 def test_what_is_not_read(content: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         load_pickle(written(tmp_path, content))
+
+
+@pytest.mark.parametrize("name", ["cnumpy.core.multiarray\nscalar", "c_codecs\nencode", "ccollections\nOrderedDict"])
+def test_what_stands_for_names_stays_as_it_is(name: str, tmp_path: Path) -> None:
+    """A state can be attributes, which `BUILD` sets."""
+    before = [dict(vars(known)) for known in NAMES.values()]
+    for state in (b"(dS'mark'\nI1\ns", b"(N(dS'__defaults__'\n(I1\ntst"):
+        with pytest.raises(ValueError, match="it sets attributes of something"):
+            load_pickle(written(tmp_path, name.encode() + b"\n" + state + b"b."))
+    assert [dict(vars(known)) for known in NAMES.values()] == before
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is no damage."""
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(f"no permission: {path}")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    path = tmp_path / "model.pkl"
+    path.touch()
+    with pytest.raises(PermissionError, match="no permission"):
+        load_pickle(path)
 
 
 def test_truncated_files(tmp_path: Path) -> None:
