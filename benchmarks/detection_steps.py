@@ -19,7 +19,7 @@ import fastmrcnn
 from benchmarks.detectors import calibrate, have_twins
 from benchmarks.measure import device_name
 from fastmrcnn import ops
-from fastmrcnn.checkpoints.native import load_model
+from fastmrcnn.checkpoints import load_model
 from fastmrcnn.data import Shapes, image_files, load_image
 from fastmrcnn.engine.buckets import as_buckets
 from fastmrcnn.engine.device import DeviceRunner

@@ -3,6 +3,7 @@
 from fastmrcnn import ops
 from fastmrcnn.accelerate import accelerate
 from fastmrcnn.batches import DetectionBatch, ImageBatch, ProposalBatch, TargetBatch
+from fastmrcnn.checkpoints import load
 from fastmrcnn.engine import Engine, compile
 from fastmrcnn.models.builders import (
     fasterrcnn_mobilenet_v3_large_320_fpn,
@@ -37,6 +38,7 @@ __all__ = [
     "fasterrcnn_resnet50_fpn",
     "fasterrcnn_resnet50_fpn_v2",
     "keypointrcnn_resnet50_fpn",
+    "load",
     "maskrcnn_resnet50_fpn",
     "maskrcnn_resnet50_fpn_v2",
     "ops",

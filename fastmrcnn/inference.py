@@ -44,6 +44,11 @@ class Inference:
     max_detections: int | None = None
     stream: torch.cuda.Stream | None = field(default=None, init=False, repr=False)
 
+    @property
+    def semantics(self) -> ops.Semantics:
+        """How the model's masks are pasted."""
+        return getattr(getattr(self.model, "transform", None), "semantics", "torchvision")
+
     def begin(self, images: list[Tensor]) -> Callable[[], list[Result]]:
         """Launch a batch of images, [3, H, W] on the model's device.
 
@@ -78,7 +83,12 @@ class Inference:
             found = replace(found, count=kept.sum(dim=1))  # best first: these are the first
         if encoding is None and found.masks is not None and self.masks in ("rle", "polygons"):
             encoding = ops.begin_encoding(
-                found.masks, found.boxes, original, count=found.count, threshold=self.mask_threshold
+                found.masks,
+                found.boxes,
+                original,
+                count=found.count,
+                threshold=self.mask_threshold,
+                semantics=self.semantics,
             )
         small = {"count": found.count, "boxes": found.boxes, "labels": found.labels, "scores": found.scores}
         if found.keypoints is not None:
@@ -123,12 +133,12 @@ class Inference:
 
     def _pasted(self, found: DetectionBatch, i: int, count: int, size: Size) -> Tensor:
         assert found.masks is not None
-        masks, boxes = found.masks[i, :count], found.boxes[i, :count]
+        given = (found.masks[i, :count], found.boxes[i, :count], size)
         if self.masks == "soft":
-            return ops.paste_masks(masks, boxes, size)[:, None].cpu()
-        if self.masks == "bool":
-            return ops.paste_masks(masks, boxes, size, out="bool", threshold=self.mask_threshold)[:, None].cpu()
-        return ops.paste_masks(masks, boxes, size, out="bits", threshold=self.mask_threshold).cpu()
+            return ops.paste_masks(*given, semantics=self.semantics)[:, None].cpu()
+        out: Literal["bool", "bits"] = "bool" if self.masks == "bool" else "bits"
+        pasted = ops.paste_masks(*given, out=out, threshold=self.mask_threshold, semantics=self.semantics)
+        return (pasted if out == "bits" else pasted[:, None]).cpu()
 
     def _converted(self, output: Mapping[str, Any]) -> Result:
         """What another model gives for an image, as a result of ours."""

@@ -163,6 +163,7 @@ class Training:
             f"{len(train_set)} images, {train_set.num_classes - 1} classes; {self.epochs} epochs, {self.steps} steps "
             f"of {images_per_step} images on {world_size()} x {device}\n{explained(config, images_per_step)}"
         )
+        model.info = self.info
         if config.init is not None and fresh:
             say(str(load_weights(model, config.init)))
         self.model = model.to(device=device, memory_format=torch.channels_last).train()

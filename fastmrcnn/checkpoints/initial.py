@@ -1,17 +1,18 @@
-"""Weights to start from: of a checkpoint of this library or a file of torchvision's, as far as they fit."""
+"""Weights to start from: of a file of any library that this one reads, as far as they fit."""
 
 from __future__ import annotations
 
 import os
-import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmrcnn.checkpoints.native import FORMAT, load_tensors
+from fastmrcnn.checkpoints import torchvision
+from fastmrcnn.checkpoints.reading import is_foreign, read_weights
+from fastmrcnn.checkpoints.tensors import load_content, state_of
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
 from fastmrcnn.models.surgery import first_convolution, spread
 
@@ -46,13 +47,11 @@ class LoadedWeights:
 
 
 def load_weights(model: GeneralizedRCNN, path: str | os.PathLike[str]) -> LoadedWeights:
-    """Take over the weights in a file that `model` has under the same names and in the same shapes.
-
-    The first convolution may also be for another number of channels, see `fastmrcnn.models.surgery.spread`.
+    """Take over the weights in a file that `model` has, of the same shapes.
 
     Args:
         model: its other weights keep their values.
-        path: a checkpoint of this library, or a `state_dict` that torchvision published or that `torch.save` wrote.
+        path: what `fastmrcnn.load` takes, or any `state_dict` that `torch.save` wrote, of this model's names.
 
     Returns:
         What was and what was not taken over.
@@ -61,7 +60,34 @@ def load_weights(model: GeneralizedRCNN, path: str | os.PathLike[str]) -> Loaded
         FileNotFoundError: there is no such file.
         ValueError: the file holds something else, or nothing that fits the model, which then is as it was.
     """
-    given = {_present_name(name): value for name, value in _state(load_tensors(path), path).items()}
+    content = load_content(path)
+    if is_foreign(state_of(content)):
+        weights = read_weights(path)
+        theirs, info = weights.info.config.conventions, model.info
+        if info is not None and info.config.conventions != theirs:
+            warnings.warn(
+                f"init: {path} is of a network with the conventions of {theirs}; this one has those of "
+                f"{info.config.conventions}, so it has to learn anew where its anchors and RoIs are "
+                f"(model.conventions={theirs} keeps them)",
+                stacklevel=2,
+            )
+        return take_over(model, weights.state, path)
+    state = state_of(content)
+    if content and not state:
+        raise ValueError(f"init: {path} is neither a checkpoint of fastmrcnn nor a state_dict, names with tensors")
+    return take_over(model, {torchvision.present_name(name): value for name, value in state.items()}, path)
+
+
+def take_over(model: GeneralizedRCNN, given: dict[str, Tensor], path: str | os.PathLike[str]) -> LoadedWeights:
+    """Take over those of `given` tensors, of a file at `path`, that `model` has under the same names and of the same
+    shapes.
+
+    The first convolution may also be for another number of channels, see `fastmrcnn.models.surgery.spread`.
+
+    Raises:
+        ValueError: nothing fits the model, which then is as it was.
+    """
+    given = dict(given)
     own = model.state_dict()
     changed = {}
     first, layer = first_convolution(model)
@@ -84,21 +110,6 @@ def load_weights(model: GeneralizedRCNN, path: str | os.PathLike[str]) -> Loaded
     unexpected = _by_layer(name for name in given if name not in own)
     model.load_state_dict(fitting, strict=False)
     return LoadedWeights(str(path), len(fitting), changed, anew, unexpected)
-
-
-def _state(content: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The `state_dict` in what a file holds."""
-    if isinstance(content, dict) and content.get("format") == FORMAT:
-        content = content["model"]
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"init: {path} is neither a checkpoint of fastmrcnn nor a state_dict, names with tensors")
-    return content
-
-
-def _present_name(name: str) -> str:
-    """What torchvision now calls a parameter; some that it published have older names."""
-    name = re.sub(r"(rpn\.head\.conv)\.(weight|bias)$", r"\1.0.0.\2", name)
-    return re.sub(r"mask_fcn(\d+)\.", lambda found: f"{int(found[1]) - 1}.0.", name)
 
 
 def _by_layer(names: Iterable[str]) -> dict[str, list[str]]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastmrcnn.checkpoints.tensors import load_tensors
 from fastmrcnn.files import write_atomically
-from fastmrcnn.models.config import ModelConfig, build_model
-from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
+from fastmrcnn.models.config import ModelConfig
 
 FORMAT = "fastmrcnn-1"
 
@@ -67,34 +67,60 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def load_tensors(path: str | os.PathLike[str]) -> Any:
-    """What a file of PyTorch's holds, on the CPU, if that is no more than tensors, numbers, texts, lists and dicts.
+def info_from(stored: dict[str, Any]) -> ModelInfo:
+    """What `asdict` made of a `ModelInfo`, also in another version of this library.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or holds something else.
+        ValueError: it is of something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: there is no file {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        # What PyTorch says of objects that it does not load is how to load them all the same.
-        unsafe = isinstance(error, pickle.UnpicklingError)
-        reason = "it holds objects, or is no archive" if unsafe else next(iter(str(error).splitlines()), type(error))
-        raise ValueError(f"checkpoint: {path} is damaged, or no file of tensors ({reason})") from error
+        known = {f.name for f in fields(ModelConfig)}
+        config = ModelConfig(**{k: v for k, v in stored["config"].items() if k in known})
+        return ModelInfo(config, stored["class_names"], stored["category_ids"], stored["num_keypoints"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it says nothing of its model that this version understands ({error!r})") from error
 
 
-def load_model(
-    path: str | os.PathLike[str], device: torch.device | str | None = None
-) -> tuple[GeneralizedRCNN, ModelInfo]:
-    """The model of a checkpoint, in evaluation mode on `device` (by default the CPU), and what it is."""
-    content = load_checkpoint(path)
-    known = {f.name for f in fields(ModelConfig)}
-    stored = content["info"]
-    config = ModelConfig(**{k: v for k, v in stored["config"].items() if k in known})
-    info = ModelInfo(config, stored["class_names"], stored["category_ids"], stored["num_keypoints"])
-    model = build_model(config, len(info.class_names) + 1, info.num_keypoints, pretrained=False)
-    model.load_state_dict(content["model"])
-    return model.to(device or "cpu").eval(), info
+def save_safetensors(path: str | os.PathLike[str], state: dict[str, Tensor], info: ModelInfo) -> Path:
+    """Write weights, and what they are of as metadata, in a file that cannot hold anything to execute.
+
+    Of tensors that share memory the first is written; `load_strictly` finds the others.
+
+    Raises:
+        ValueError: the package safetensors is not installed.
+        OSError: the file could not be written, for example since the disk is full.
+    """
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ModuleNotFoundError as error:
+        raise ValueError("to write safetensors install them: pip install 'fastmrcnn[convert]'") from error
+    distinct: dict[int, str] = {}
+    for name, value in state.items():
+        distinct.setdefault(value.data_ptr() if value.numel() else id(value), name)
+    tensors = {name: state[name].contiguous() for name in distinct.values()}
+    metadata = {"format": FORMAT, "info": json.dumps(asdict(info))}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    return write_atomically(path, write)
+
+
+def load_strictly(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load all of `state` into `model`, whose tensors that share memory need be there once.
+
+    Raises:
+        ValueError: a tensor is missing, or has another shape, or the model has none of its name.
+    """
+    own = model.state_dict()
+    loaded = {own[name].data_ptr() for name in state if name in own}
+    missing = [name for name, value in own.items() if name not in state and value.data_ptr() not in loaded]
+    surplus = [name for name in state if name not in own]
+    differing = [name for name, value in state.items() if name in own and value.shape != own[name].shape]
+    if problem := missing + surplus + differing:
+        raise ValueError(f"it does not fit the model it says it is of: {problem[0]} and {len(problem) - 1} more")
+    model.load_state_dict(state, strict=False)

@@ -87,10 +87,8 @@ class DeviceRunner:
         if launched is None or found.masks is None:
             return None
         padded = [*sizes, *[(1, 1)] * (len(found.masks) - len(sizes))]
-        threshold = self.inference.mask_threshold
-        return ops.begin_encoding(
-            found.masks, found.boxes, padded, count=found.count, threshold=threshold, launched=launched
-        )
+        options: Any = {"threshold": self.inference.mask_threshold, "semantics": self.inference.semantics}
+        return ops.begin_encoding(found.masks, found.boxes, padded, count=found.count, launched=launched, **options)
 
     @contextlib.contextmanager
     def on_stream(self) -> Iterator[None]:

@@ -11,6 +11,8 @@ from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from fastmrcnn.models import builders
+from fastmrcnn.models.architectures import Architecture, build
+from fastmrcnn.models.conventions import CONVENTIONS, Library
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
 from fastmrcnn.models.norms import Norm, replace_norms
 from fastmrcnn.models.small import maskrcnn_resnet18_fpn
@@ -25,6 +27,24 @@ ModelName = Literal[
     "fasterrcnn_mobilenet_v3_large_fpn",
     "fasterrcnn_mobilenet_v3_large_320_fpn",
     "keypointrcnn_resnet50_fpn",
+    "maskrcnn_resnet101_fpn",
+    "maskrcnn_resnext101_32x4d_fpn",
+    "maskrcnn_resnext101_32x8d_fpn",
+    "maskrcnn_resnext101_64x4d_fpn",
+    "maskrcnn_resnet50_c4",
+    "maskrcnn_resnet101_c4",
+    "maskrcnn_resnet50_dc5",
+    "maskrcnn_resnet101_dc5",
+    "fasterrcnn_resnet101_fpn",
+    "fasterrcnn_resnext101_32x4d_fpn",
+    "fasterrcnn_resnext101_32x8d_fpn",
+    "fasterrcnn_resnext101_64x4d_fpn",
+    "fasterrcnn_resnet50_c4",
+    "fasterrcnn_resnet101_c4",
+    "fasterrcnn_resnet50_dc5",
+    "fasterrcnn_resnet101_dc5",
+    "keypointrcnn_resnet101_fpn",
+    "keypointrcnn_resnext101_32x8d_fpn",
 ]
 
 
@@ -53,6 +73,9 @@ class ModelConfig:
         channels: of the images; for other than 3 the first layer is new, of pretrained weights the mean of the old.
         image_mean: mean per channel of images in 0 to 1; by default that of ImageNet, for other than 3 channels 0.5.
         image_std: deviation per channel; by default that of ImageNet, for other than 3 channels 0.25.
+        conventions: library whose rules hold for all that weights do not say: how images are resized and normalised,
+            anchors, RoIAlign, box losses, pasted masks. Loading a file of that library sets it.
+        stride_in_1x1: bottlenecks halve maps in their 1x1 convolution; by default as the library has it.
     """
 
     name: ModelName = "maskrcnn_resnet50_fpn"
@@ -71,6 +94,8 @@ class ModelConfig:
     channels: int = 3
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
+    conventions: Library = "torchvision"
+    stride_in_1x1: bool | None = None
 
 
 def build_model(
@@ -110,6 +135,13 @@ def _architecture(config: ModelConfig, num_classes: int, num_keypoints: int) -> 
     if config.box_samples is not None:
         kwargs["box_batch_size_per_image"] = config.box_samples
 
+    architecture = Architecture.of(config.name)
+    if architecture is not None and not _is_published(config):
+        return _on_resnet(architecture, config, num_classes, num_keypoints, kwargs)
+    if config.conventions != "torchvision":
+        raise ValueError(f"{config.name} has torchvision's conventions, not those of {config.conventions}")
+    if config.stride_in_1x1 is not None:
+        raise ValueError(f"stride_in_1x1: {config.name} with torchvision's conventions has none")
     if config.name == "maskrcnn_resnet18_fpn":
         if config.weights or config.trainable_backbone_layers is not None:
             raise ValueError(f"{config.name} has neither weights of the whole detector nor trainable_backbone_layers")
@@ -129,6 +161,32 @@ def _architecture(config: ModelConfig, num_classes: int, num_keypoints: int) -> 
     if "keypoint" in config.name:
         kwargs["num_keypoints"] = num_keypoints or 17
     return build(num_classes=num_classes, **kwargs)
+
+
+def _is_published(config: ModelConfig) -> bool:
+    """Whether torchvision has a builder of it."""
+    return config.conventions == "torchvision" and hasattr(builders, config.name)
+
+
+def _on_resnet(
+    architecture: Architecture, config: ModelConfig, num_classes: int, num_keypoints: int, options: dict[str, Any]
+) -> GeneralizedRCNN:
+    """What torchvision has no builder of."""
+    if config.weights is not None:
+        raise ValueError(f"{config.name} with conventions of {config.conventions} has no weights of torchvision's")
+    model = build(
+        architecture,
+        CONVENTIONS[config.conventions],
+        num_classes,
+        num_keypoints or 17,
+        weights_backbone=config.weights_backbone,
+        stride_in_1x1=config.stride_in_1x1,
+        anchor_sizes=config.anchor_sizes,
+        **options,
+    )
+    if config.trainable_backbone_layers is not None:
+        keep_first_stages(cast(nn.Module, model.backbone.body), config.trainable_backbone_layers)
+    return model
 
 
 def _normalization(config: ModelConfig) -> dict[str, list[float]]:
@@ -155,6 +213,10 @@ def _as_trained(model: GeneralizedRCNN, config: ModelConfig) -> None:
     if config.name == "maskrcnn_resnet18_fpn":
         return
     trainable = config.trainable_backbone_layers
+    if not _is_published(config):
+        if trainable is not None:
+            keep_first_stages(cast(nn.Module, model.backbone.body), trainable)
+        return
     keep_first_stages(cast(nn.Module, model.backbone.body), 3 if trainable is None else trainable)
     if config.name.endswith("_v2"):
         return

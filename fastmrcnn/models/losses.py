@@ -13,25 +13,26 @@ from fastmrcnn import ops
 from fastmrcnn.batches import TargetBatch, widen
 from fastmrcnn.models.sampling import gather
 
-SMOOTH_L1_BETA = 1 / 9
-
 
 def mean_over(values: Tensor, valid: Tensor) -> Tensor:
     """Mean of the `valid` ones of `values`, both of one shape; 0 if there are none."""
     return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)
 
 
-def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, wanted: Tensor, valid: Tensor) -> dict[str, Tensor]:
+def box_losses(
+    logits: Tensor, deltas: Tensor, labels: Tensor, wanted: Tensor, valid: Tensor, beta: float
+) -> dict[str, Tensor]:
     """`loss_classifier` (cross entropy) and `loss_box_reg` (smooth L1 of the positives, per sample).
 
-    `logits` [N, S, classes], `deltas` [N, S, classes, 4], `labels` [N, S] (0 background), `wanted` [N, S, 4].
+    `logits` [N, S, classes], `deltas` [N, S, classes, 4], `labels` [N, S] (0 background), `wanted` [N, S, 4]; `beta` is
+    where smooth L1 changes from quadratic to linear.
     """
     labels = labels.clamp(min=0)
     class_loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     positive = valid & (labels > 0)
     predicted = deltas.gather(2, labels[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
     wanted = torch.where(positive[..., None], wanted, 0)  # padding must not be NaN: its gradient would be, too
-    box_loss = functional.smooth_l1_loss(predicted, wanted, beta=SMOOTH_L1_BETA, reduction="none").sum(dim=-1)
+    box_loss = functional.smooth_l1_loss(predicted, wanted, beta=beta, reduction="none").sum(dim=-1)
     return {
         "loss_classifier": mean_over(class_loss, valid.flatten()),
         "loss_box_reg": torch.where(positive, box_loss, 0).sum() / valid.sum().clamp(min=1),

@@ -34,6 +34,8 @@ class GeneralizedRCNN(TorchvisionGeneralizedRCNN):
     transform: Preprocess
     rpn: RegionProposalNetwork
     roi_heads: RoIHeads
+    info: Any = None
+    """What `fastmrcnn.load` knows of a model beside its weights: its `ModelInfo`."""
 
     def __init__(self, backbone: nn.Module, rpn: nn.Module, roi_heads: nn.Module, transform: nn.Module) -> None:
         super().__init__(

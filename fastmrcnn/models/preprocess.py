@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes, resize_keypoints
 
 from fastmrcnn import ops
 from fastmrcnn.batches import DetectionBatch, ImageBatch, LoadedBatch, PackedMasks, TargetBatch
@@ -17,6 +17,9 @@ from fastmrcnn_kernels.views import WINDOW_HEIGHT, whole
 
 class Preprocess(GeneralizedRCNNTransform):
     """torchvision's normalisation, resizing and padding, with padded batches as the result."""
+
+    semantics: ops.Semantics = "torchvision"
+    """Of masks that are pasted into images."""
 
     def batch(
         self, images: list[Tensor], targets: list[dict[str, Any]] | None
@@ -80,8 +83,8 @@ class Preprocess(GeneralizedRCNNTransform):
             boxes, labels, scores = (x[i, :count] for x in (detections.boxes, detections.labels, detections.scores))
             result = {"boxes": boxes, "labels": labels, "scores": scores}
             if detections.masks is not None:
-                masks = detections.masks[i, :count, None]
-                result["masks"] = ops.paste_masks_in_image(masks, boxes, original_sizes[i])
+                masks = detections.masks[i, :count]
+                result["masks"] = ops.paste_masks(masks, boxes, original_sizes[i], semantics=self.semantics)[:, None]
             if detections.keypoints is not None:
                 keypoints, keypoint_scores = detections.keypoints[i, :count].split((3, 1), dim=-1)
                 result["keypoints"] = keypoints
@@ -100,8 +103,53 @@ def scaled(detections: DetectionBatch, ratios: Tensor) -> DetectionBatch:
     return replace(detections, boxes=boxes * xy.repeat(1, 1, 2), keypoints=keypoints)
 
 
+class BytesPreprocess(Preprocess):
+    """Images resized as bytes, to sides rounded to the nearest, and normalised then: detectron2's order and sizes.
+
+    Bytes are what these libraries read and resize; images that hold others are rounded to them.
+
+    Args:
+        resize_bytes: uint8 [C, H, W] and (height, width) to uint8 [C, height, width].
+        **options: of torchvision's `GeneralizedRCNNTransform`.
+    """
+
+    def __init__(self, resize_bytes: Callable[[Tensor, tuple[int, int]], Tensor], **options: Any) -> None:
+        super().__init__(**options)
+        self.resize_bytes = resize_bytes
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """Nothing yet; an image of integers is an error."""
+        return image if image.is_floating_point() else super().normalize(image)
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """An image resized, and normalised; boxes and keypoints of its target scaled."""
+        before = (image.shape[-2], image.shape[-1])
+        shorter = float(self.torch_choice(self.min_size) if self.training else self.min_size[-1])
+        after = self.size_of(before, shorter)
+        pixels = (image * 255).round().clamp(0, 255).to(torch.uint8)
+        resized = super().normalize(self.resize_bytes(pixels, after).to(image.dtype) / 255)
+        if target is None:
+            return resized, None
+        target = dict(target, boxes=resize_boxes(target["boxes"], before, after))
+        if "keypoints" in target:
+            target["keypoints"] = resize_keypoints(target["keypoints"], before, after)
+        return resized, target
+
+    def size_of(self, size: tuple[int, int], shorter: float | None = None) -> tuple[int, int]:
+        """What an image of `size` is resized to, both (height, width): detectron2's `ResizeShortestEdge`."""
+        shorter = float(self.min_size[-1]) if shorter is None else shorter
+        scale = shorter / min(size)
+        height, width = (shorter if side == min(size) else scale * side for side in size)
+        if max(height, width) > self.max_size:
+            scale = self.max_size / max(height, width)
+            height, width = height * scale, width * scale
+        return int(height + 0.5), int(width + 0.5)
+
+
 def resized_size(transform: GeneralizedRCNNTransform, size: tuple[int, int]) -> tuple[int, int]:
-    """What torchvision's `transform`, in evaluation, resizes an image of `size` to: both (height, width)."""
+    """What `transform`, ours or torchvision's, resizes an image of `size` to in evaluation: both (height, width)."""
+    if isinstance(transform, BytesPreprocess):
+        return transform.size_of(size)
     if transform.fixed_size is not None:
         return transform.fixed_size[1], transform.fixed_size[0]
     height, width = size

@@ -5,6 +5,8 @@ N images, K proposals, D detections, P pooled size.  Heads see the RoIs of all i
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torchvision.models.detection.roi_heads as torchvision_heads
 from torch import Tensor, nn
@@ -16,13 +18,21 @@ from fastmrcnn.models import losses
 from fastmrcnn.models.padded_norm import ignoring_padding
 from fastmrcnn.models.sampling import BACKGROUND, IGNORED, gather, match, sample
 
-MIN_DETECTION_SIZE = 1e-2
-
 Features = dict[str, Tensor]
 
 
 class RoIHeads(torchvision_heads.RoIHeads):
     """torchvision's `RoIHeads` with a fixed-shape flow: `detect` in inference, `losses` in training."""
+
+    min_size: float = 1e-2
+    """Shortest side of a detection, in pixels of the resized image."""
+
+    smooth_l1_beta: float = 1 / 9
+    """Where the box loss changes from quadratic to linear; 0 is L1."""
+
+    keypoint_scores: Literal["logit", "probability"] = "logit"
+    """What the score of a keypoint is: the height of its peak, as in torchvision, or, as in detectron2, that after a
+    softmax over the heatmap."""
 
     def detect(self, features: Features, proposals: ProposalBatch, images: ImageBatch) -> DetectionBatch:
         """Detections, with mask probabilities [N, D, M, M] and keypoints where the model has those branches."""
@@ -36,6 +46,9 @@ class RoIHeads(torchvision_heads.RoIHeads):
             keypoints, scores = ops.heatmaps_to_keypoints(
                 heatmaps.flatten(0, 1), detections.boxes.flatten(0, 1), canvas
             )
+            if self.keypoint_scores == "probability":
+                flat = heatmaps.flatten(0, 1).flatten(2)
+                scores = 1 / (flat - scores[..., None]).exp().sum(dim=-1)
             found = torch.cat((keypoints, scores[..., None]), dim=-1)
             detections.keypoints = found.unflatten(0, detections.scores.shape)
         return detections
@@ -60,7 +73,7 @@ class RoIHeads(torchvision_heads.RoIHeads):
             score_threshold=self.score_thresh,
             iou_threshold=self.nms_thresh,
             max_detections=min(self.detections_per_img, candidates),
-            min_size=MIN_DETECTION_SIZE,
+            min_size=self.min_size,
             weights=self.box_coder.weights,
         )
         return DetectionBatch(*selected)
@@ -81,7 +94,7 @@ class RoIHeads(torchvision_heads.RoIHeads):
 
         logits, deltas = self._classify(features, boxes, samples.valid, images)
         wanted = ops.encode_boxes(gather(targets.boxes, matched), boxes, self.box_coder.weights)
-        result = losses.box_losses(widen(logits), widen(deltas), labels, wanted, samples.valid)
+        result = losses.box_losses(widen(logits), widen(deltas), labels, wanted, samples.valid, self.smooth_l1_beta)
 
         # Only positives reach the other branches, and they are the first samples.
         positive = samples.valid & (labels > 0)

@@ -6,6 +6,7 @@ N images, L levels, A anchors per cell, K proposals per image.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torchvision.models.detection.rpn as torchvision_rpn
@@ -16,15 +17,17 @@ from torchvision.models.detection.image_list import ImageList
 
 from fastmrcnn import ops
 from fastmrcnn.batches import ImageBatch, ProposalBatch, TargetBatch, trim, widen
+from fastmrcnn.models.anchors import FixedStrideAnchors
 from fastmrcnn.models.sampling import BACKGROUND, IGNORED, gather, match, sample
 from fastmrcnn_kernels.reference.canvases import cells
 from fastmrcnn_kernels.reference.proposals import by_anchor
 
-SMOOTH_L1_BETA = 1 / 9
-
 
 class RegionProposalNetwork(torchvision_rpn.RegionProposalNetwork):
     """torchvision's `RegionProposalNetwork` with a fixed-shape flow: `head`, then `propose` and `losses`."""
+
+    smooth_l1_beta: float = 1 / 9
+    """Where the box loss changes from quadratic to linear; 0 is L1."""
 
     def propose(self, images: ImageBatch, logits: Sequence[Tensor], deltas: Sequence[Tensor]) -> ProposalBatch:
         """The best boxes of each image: top k per level, decoded, clipped, non-maximum suppression per level.
@@ -74,7 +77,7 @@ class RegionProposalNetwork(torchvision_rpn.RegionProposalNetwork):
         all_deltas = torch.cat([by_anchor(x, 4) for x in deltas], dim=1)
         predicted, logit = (widen(gather(x, samples.indices)) for x in (all_deltas, all_logits))
 
-        box_loss = functional.smooth_l1_loss(predicted, wanted, beta=SMOOTH_L1_BETA, reduction="none").sum(dim=-1)
+        box_loss = functional.smooth_l1_loss(predicted, wanted, beta=self.smooth_l1_beta, reduction="none").sum(dim=-1)
         class_loss = functional.binary_cross_entropy_with_logits(logit, labels.to(logit.dtype), reduction="none")
         sampled = samples.valid.sum().clamp(min=1)
         return {
@@ -95,10 +98,12 @@ class RegionProposalNetwork(torchvision_rpn.RegionProposalNetwork):
         return generator.cell_anchors
 
     def strides(self, images: ImageBatch, maps: Sequence[Tensor]) -> list[tuple[int, int]] | Tensor:
-        """Pixels per cell of each level, (height, width): padded size // map size, as torchvision has it.
+        """Pixels per cell of each level, (height, width): padded size // map size, as torchvision has it, or fixed.
 
         Of images with canvases of their own int64 [N, L, 2]: a map's side is not always the canvas's over a power of 2.
         """
+        if isinstance(self.anchor_generator, FixedStrideAnchors):
+            return [(stride, stride) for stride in self.anchor_generator.strides]
         height, width = images.tensors.shape[-2:]
         if images.canvases is None:
             return [(height // x.shape[-2], width // x.shape[-1]) for x in maps]
@@ -107,5 +112,9 @@ class RegionProposalNetwork(torchvision_rpn.RegionProposalNetwork):
 
     def all_anchors(self, images: ImageBatch, maps: Sequence[Tensor]) -> Tensor:
         """Every anchor of every level, the same for all images: [1, sum of Hl Wl A, 4]."""
+        if isinstance(self.anchor_generator, FixedStrideAnchors):
+            self.base_anchors(maps[0].device)
+            strides: Any = self.strides(images, maps)
+            return torch.cat(self.anchor_generator.grid_anchors([x.shape[-2:] for x in maps], strides))[None]
         one_image = ImageList(images.tensors, [tuple(images.tensors.shape[-2:])])
         return self.anchor_generator(one_image, list(maps))[0][None]

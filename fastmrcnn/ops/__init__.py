@@ -23,7 +23,7 @@ from fastmrcnn.ops.masks import Semantics, heatmaps_to_keypoints, paste_masks, p
 from fastmrcnn.ops.matching import match_boxes
 from fastmrcnn.ops.proposals import decode_proposals, merge_levels, topk_anchors
 from fastmrcnn.ops.rle import RLE, Encoded, begin_encoding, decode, encode_bool, encode_masks, launch_encoding
-from fastmrcnn.ops.roi import MultiScaleRoIAlign, multilevel_roi_align, pool_like, roi_align, roi_pool
+from fastmrcnn.ops.roi import LevelRule, MultiScaleRoIAlign, multilevel_roi_align, pool_like, roi_align, roi_pool
 from fastmrcnn.ops.suppression import batched_nms, nms, padded_nms, padded_soft_nms, soft_nms
 from fastmrcnn.ops.targets import mask_targets, pack_masks
 
@@ -31,6 +31,7 @@ __all__ = [
     "RLE",
     "Encoded",
     "Impl",
+    "LevelRule",
     "MultiScaleRoIAlign",
     "Semantics",
     "batched_nms",

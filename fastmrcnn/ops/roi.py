@@ -18,6 +18,7 @@ from fastmrcnn_kernels.reference.roi_align import assign_levels
 
 Interpolation = Literal["bilinear", "bicubic"]
 Sampling = Literal["average", "corner"]
+LevelRule = Literal["torchvision", "detectron2", "mmdetection"]
 
 
 def _choose_sampler(
@@ -162,7 +163,34 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
     """`torchvision.ops.MultiScaleRoIAlign`: constructor, call and result.
 
     The scale of a level is inferred from each call's shapes; torchvision keeps those of its first call.
+
+    Args:
+        featmap_names, output_size, sampling_ratio, canonical_scale, canonical_level: torchvision's.
+        aligned: as in `roi_align`.
+        level_rule: whose equation 1 of the FPN paper: torchvision's, with 1e-6 added to the logarithm, or that of
+            detectron2 or mmdetection, with 1e-8 and 1e-6 added to its argument.
     """
+
+    def __init__(
+        self,
+        featmap_names: list[str],
+        output_size: int | Sequence[int],
+        sampling_ratio: int,
+        *,
+        canonical_scale: int = 224,
+        canonical_level: int = 4,
+        aligned: bool = False,
+        level_rule: LevelRule = "torchvision",
+    ) -> None:
+        super().__init__(
+            featmap_names,
+            output_size,
+            sampling_ratio,
+            canonical_scale=canonical_scale,
+            canonical_level=canonical_level,
+        )
+        self.aligned = aligned
+        self.level_rule: LevelRule = level_rule
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Pool `boxes`, [L, 4] per image, from the maps of `x` named in `featmap_names`: [sum of L, C, P, P].
@@ -186,6 +214,11 @@ def pool_like(
     """
     maps = [feature for name, feature in features.items() if name in pooler.featmap_names]
     halvings = [round(math.log2(image_height / feature.shape[-2])) for feature in maps]
+    aligned = getattr(pooler, "aligned", False)
+    rule: LevelRule = getattr(pooler, "level_rule", "torchvision")
+    levels = None
+    if rule != "torchvision" and len(maps) > 1:
+        levels = levels_by(rule, rois[:, 1:], len(maps), halvings[0], pooler.canonical_scale, pooler.canonical_level)
     extents = None
     if canvases is not None:
         extents = torch.stack([cells(canvases, 2**times) for times in halvings], dim=1)
@@ -195,7 +228,30 @@ def pool_like(
         pooler.output_size,
         [0.5**times for times in halvings],
         pooler.sampling_ratio,
+        aligned,
+        levels=levels,
         canonical_scale=pooler.canonical_scale,
         canonical_level=pooler.canonical_level,
         extents=extents,
     )
+
+
+def levels_by(
+    rule: LevelRule, boxes: Tensor, num_levels: int, finest_level: int, canonical_scale: float, canonical_level: int
+) -> Tensor:
+    """Pyramid level 0 .. `num_levels` - 1 of `boxes` [R, 4] by the equation of a library: int64 [R].
+
+    A box of area `canonical_scale`^2 belongs to level `canonical_level`, where level 0 of the result is `finest_level`.
+    """
+    if rule == "torchvision":
+        return assign_levels(boxes, num_levels, finest_level, canonical_scale, canonical_level)
+    extent = boxes[:, 2:] - boxes[:, :2]
+    scale = torch.sqrt(extent[:, 0] * extent[:, 1])
+    if rule == "detectron2":
+        level = torch.floor(canonical_level + torch.log2(scale / canonical_scale + 1e-8)) - finest_level
+    elif rule == "mmdetection":
+        finest_scale = canonical_scale / 2 ** (canonical_level - finest_level)
+        level = torch.floor(torch.log2(scale / finest_scale + 1e-6))
+    else:
+        raise ValueError(f"level_rule={rule!r}: expected 'torchvision', 'detectron2' or 'mmdetection'")
+    return level.clamp(0, num_levels - 1).nan_to_num(0).to(torch.int64)

@@ -1,0 +1,59 @@
+"""Which library wrote a file, by what is in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fastmrcnn.checkpoints import detectron2, mmdetection, torchvision
+from fastmrcnn.checkpoints.native import FORMAT, info_from
+from fastmrcnn.checkpoints.tensors import digest, existing, load_content, parse_json, state_of
+from fastmrcnn.checkpoints.weights import Weights, some
+
+SourceOption = Literal[
+    "auto", "fastmrcnn", "torchvision", "detectron2", "mmdetection", "mmdetection_caffe", "mmdetection_pytorch"
+]
+
+
+def is_foreign(names: Mapping[str, Any]) -> bool:
+    """Whether tensors of these names are of a detector of another library, with other names than torchvision's."""
+    return detectron2.recognises(names) or mmdetection.recognises(names)
+
+
+def read_weights(path: str | os.PathLike[str], source: SourceOption = "auto") -> Weights:
+    """The detector in a file, with `source` what wrote it, if that is not to be seen.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no detector that this library has, or is damaged.
+    """
+    if source not in get_args(SourceOption):
+        raise ValueError(f"source={source!r}: expected one of {', '.join(get_args(SourceOption))}")
+    path = existing(path)
+    content = load_content(path)
+    try:
+        return _recognised(content, path, source)
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {path}: {error}") from error
+
+
+def _recognised(content: Any, path: Path, source: str) -> Weights:
+    meta = content if isinstance(content, Mapping) else {}
+    if source in ("auto", "fastmrcnn"):
+        if meta.get("format") == FORMAT:
+            return Weights("fastmrcnn", info_from(meta["info"]), state_of(content))
+        if (metadata := meta.get("metadata", {})) and metadata.get("format") == FORMAT:
+            return Weights("fastmrcnn", info_from(parse_json(metadata.get("info", ""), path)), state_of(content))
+    given = state_of(content)
+    if source == "detectron2" or (source == "auto" and detectron2.recognises(given)):
+        return detectron2.convert(given)
+    if source.startswith("mmdetection") or (source == "auto" and mmdetection.recognises(given)):
+        style = source.partition("_")[2] or None
+        about: Any = meta.get("meta")
+        return mmdetection.convert(given, about if isinstance(about, Mapping) else {}, style)
+    if source == "torchvision" or (source == "auto" and torchvision.recognises(given)):
+        return torchvision.convert(given, path.name, digest(path))
+    found = f"tensors such as {some(list(given))}" if given else "no tensors with names"
+    raise ValueError(f"it holds {found}, not those of a detector that this library has")

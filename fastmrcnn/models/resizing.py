@@ -1,0 +1,80 @@
+"""Images of bytes, resized by the rules of other libraries: the same bytes, on any device."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+FRACTION_BITS = 22
+"""Of the fixed-point weights that Pillow has for bytes."""
+
+
+def resize_like_pillow(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """`Image.resize` with `BILINEAR`, byte by byte: a triangle as wide as two pixels of the smaller of the two images.
+
+    Columns first, rounded to bytes, then rows, by weights of 22 bits each.
+
+    Args:
+        image: uint8 [C, H, W].
+        size: (height, width) of the result.
+
+    Returns:
+        uint8 [C, height, width].
+    """
+    for axis in (2, 1):
+        before, after = image.shape[axis], size[axis - 1]
+        if before != after:
+            image = _resample(image, axis, before, after)
+    return image
+
+
+def _resample(image: Tensor, axis: int, before: int, after: int) -> Tensor:
+    taps = [(torch.tensor(pixels), torch.tensor(weights)) for pixels, weights in pillow_taps(before, after)]
+    shape = [1, 1, 1]
+    shape[axis] = after
+    total = torch.full((), 1 << (FRACTION_BITS - 1), dtype=torch.int32, device=image.device)
+    for pixels, weights in taps:
+        chosen = image.index_select(axis, pixels.to(image.device, non_blocking=True)).to(torch.int32)
+        total = total + chosen * weights.to(image.device, torch.int32, non_blocking=True).view(shape)
+    return (total >> FRACTION_BITS).clamp(0, 255).to(torch.uint8)
+
+
+@lru_cache(maxsize=256)
+def pillow_taps(before: int, after: int) -> list[tuple[list[int], list[int]]]:
+    """The k-th pixel that each of `after` pixels is made of, and its weight, for each k; weight 0 where there is none.
+
+    After `precompute_coeffs` and `normalize_coeffs_8bpc` of Pillow, in double precision as there.
+    """
+    scale = before / after
+    support = max(scale, 1.0)
+    rows: list[tuple[int, list[int]]] = []
+    for i in range(after):
+        center = (i + 0.5) * scale
+        first = max(0, int(center - support + 0.5))
+        end = min(before, int(center + support + 0.5))
+        weights = [max(0.0, 1.0 - abs((x - center + 0.5) * (1.0 / support))) for x in range(first, end)]
+        total = sum(weights)
+        rows.append((first, [int(0.5 + w / total * (1 << FRACTION_BITS)) for w in weights]))
+    most = max(len(weights) for _, weights in rows)
+    taps = []
+    for k in range(most):
+        pixels = [min(first + k, before - 1) for first, _ in rows]
+        taps.append((pixels, [weights[k] if k < len(weights) else 0 for _, weights in rows]))
+    return taps
+
+
+def resize_bilinear(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear interpolation of the four pixels around each centre, rounded to bytes, as OpenCV's `INTER_LINEAR`.
+
+    OpenCV's weights have 11 bits, so a byte in some hundred is one off.
+
+    Args:
+        image: uint8 [C, H, W].
+        size: (height, width) of the result.
+    """
+    if tuple(image.shape[1:]) == tuple(size):
+        return image
+    resized = torch.nn.functional.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False)
+    return resized[0].round().clamp(0, 255).to(torch.uint8)
