@@ -1,4 +1,4 @@
-"""The command `fastmrcnn`: train, evaluate, predict, export, summary, demo."""
+"""The command `fastmrcnn`: train, evaluate, predict, convert, export, summary, demo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
-from fastmrcnn import demo, evaluate, predict, summary, train
+from fastmrcnn import convert, demo, evaluate, predict, summary, train
 from fastmrcnn.export import ExportConfig
 from fastmrcnn.export import run as run_export
 from fastmrcnn.training.config import DataConfig
@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], Any], str]] = {
     "train": (train.TrainConfig, train.run, "train a detector on COCO-format data"),
     "evaluate": (evaluate.EvaluateConfig, evaluate.run, "average precision of a checkpoint or of a results file"),
     "predict": (predict.PredictConfig, predict.run, "detect objects in images: pictures and a COCO results file"),
+    "convert": (convert.ConvertConfig, convert.run, "bring weights of another library into this one's format, or back"),
     "export": (ExportConfig, run_export, "write a detector as a file that runs without this library"),
     "summary": (summary.SummaryConfig, summary.run, "parameters and floating-point operations per layer"),
     "demo": (demo.DemoConfig, demo.run, "train a small model on generated shapes and draw what it finds"),
@@ -39,7 +40,7 @@ def build_parser(recipe: str | None = None) -> ArgumentParser:
         listed = f" {about_recipes()}" if name == "train" else ""
         command = ArgumentParser(description=about[0].upper() + about[1:] + "." + listed)
         command.add_argument("--config", action="config", help="YAML file of options; later options override it")
-        command.add_class_arguments(config, None, as_group=False)
+        command.add_class_arguments(config, None, as_group=False, as_positional=name == "convert")
         if name == "train" and recipe is not None:
             command.set_defaults(dict(recipe_defaults(recipe)))
         commands.add_subcommand(name, command, help=about)

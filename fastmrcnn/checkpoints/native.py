@@ -91,8 +91,7 @@ def save_safetensors(path: str | os.PathLike[str], state: dict[str, Tensor], inf
         OSError: the file could not be written, for example since the disk is full.
     """
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ModuleNotFoundError as error:
         raise ValueError("to write safetensors install them: pip install 'fastmrcnn[convert]'") from error
     distinct: dict[int, str] = {}
@@ -101,13 +100,7 @@ def save_safetensors(path: str | os.PathLike[str], state: dict[str, Tensor], inf
     tensors = {name: state[name].contiguous() for name in distinct.values()}
     metadata = {"format": FORMAT, "info": json.dumps(asdict(info))}
 
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-
-    return write_atomically(path, write)
+    return write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor]) -> None:

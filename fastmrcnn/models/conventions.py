@@ -16,7 +16,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from fastmrcnn.models.anchors import FixedStrideAnchors
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
 from fastmrcnn.models.preprocess import BytesPreprocess, Preprocess
-from fastmrcnn.models.resizing import resize_bilinear, resize_like_pillow
+from fastmrcnn.models.resizing import resize_like_opencv, resize_like_pillow
 from fastmrcnn.ops import LevelRule, MultiScaleRoIAlign, Semantics
 
 Library = Literal["torchvision", "detectron2", "mmdetection", "matterport"]
@@ -121,5 +121,5 @@ CONVENTIONS: dict[Library, Conventions] = {
         keypoint_scores="logit",
     ),
     "detectron2": Conventions(*CAFFE, resize_bytes=resize_like_pillow, level_rule="detectron2", stride_in_1x1=True),
-    "mmdetection": Conventions(resize_bytes=resize_bilinear, level_rule="mmdetection", min_detection=0.0),
+    "mmdetection": Conventions(resize_bytes=resize_like_opencv, level_rule="mmdetection", min_detection=0.0),
 }

@@ -7,6 +7,7 @@ nothing of this library.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -284,7 +285,7 @@ class Network:
                     sides.append((width, ratio * width))
             sides = torch.tensor(sides)
             height, width = x.shape[-2:]
-            y, x_, a = torch.meshgrid(
+            y, x_, _ = torch.meshgrid(
                 torch.arange(height), torch.arange(width), torch.arange(len(sides)), indexing="ij"
             )
             centers = torch.stack((x_, y), dim=-1) * stride
@@ -442,6 +443,75 @@ def detectron2_network(state: State, kind: Kind, shorter: int, longer: int) -> N
         std=[1.0, 1.0, 1.0] if kind.groups == 1 else [57.375, 57.12, 58.395],
         resize=lambda image, size: np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)),
         level=lambda scale: torch.floor(4 + torch.log2(scale / 224 + 1e-8)) - 2,
+        shorter=shorter,
+        longer=longer,
+    )
+
+
+MMDETECTION_NAMES = [
+    (r"^backbone\.conv1\.", "stem.conv1."),
+    (r"^backbone\.bn1\.", "stem.conv1.norm."),
+    (r"^backbone\.layer1\.", "res2."),
+    (r"^backbone\.layer2\.", "res3."),
+    (r"^backbone\.layer3\.", "res4."),
+    (r"^backbone\.layer4\.", "res5."),
+    (r"\.bn(\d)\.", r".conv\1.norm."),
+    (r"\.downsample\.0\.", ".shortcut."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
+    (r"^(stem|res)", r"backbone.bottom_up.\1"),
+    (r"^neck\.lateral_convs\.(\d)\.conv", lambda found: f"backbone.fpn_lateral{int(found[1]) + 2}"),
+    (r"^neck\.fpn_convs\.(\d)\.conv", lambda found: f"backbone.fpn_output{int(found[1]) + 2}"),
+    (r"^rpn_head\.rpn_conv", "proposal_generator.rpn_head.conv"),
+    (r"^rpn_head\.rpn_cls", "proposal_generator.rpn_head.objectness_logits"),
+    (r"^rpn_head\.rpn_reg", "proposal_generator.rpn_head.anchor_deltas"),
+    (r"^roi_head\.bbox_head\.shared_fcs\.(\d)", lambda found: f"roi_heads.box_head.fc{int(found[1]) + 1}"),
+    (r"^roi_head\.bbox_head\.fc_cls", "roi_heads.box_predictor.cls_score"),
+    (r"^roi_head\.bbox_head\.fc_reg", "roi_heads.box_predictor.bbox_pred"),
+    (r"^roi_head\.mask_head\.convs\.(\d)\.conv", lambda found: f"roi_heads.mask_head.mask_fcn{int(found[1]) + 1}"),
+    (r"^roi_head\.mask_head\.upsample", "roi_heads.mask_head.deconv"),
+    (r"^roi_head\.mask_head\.conv_logits", "roi_heads.mask_head.predictor"),
+]
+
+
+def mmdetection_name(name: str) -> str:
+    """What detectron2 calls a tensor of MMDetection's."""
+    for pattern, replacement in MMDETECTION_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def opencv_bytes(image: Any, size: tuple[int, int]) -> Any:
+    """`cv2.resize` of bytes, whose weights are integers of 2048: columns first, four bits dropped, then rows."""
+
+    def weights(before: int, after: int) -> tuple[Any, Any]:
+        position = ((np.arange(after) + 0.5) * (1 / (after / before)) - 0.5).astype(np.float32)
+        first = np.floor(position).astype(int)
+        share = position - first
+        return first, np.stack((np.rint((1 - share) * np.float32(2048)), np.rint(share * np.float32(2048)))).astype(int)
+
+    image = image.astype(int)
+    first, (a, b) = weights(image.shape[1], size[0])
+    a, b = np.where((first < 0) | (first >= image.shape[1] - 1), [[2048], [0]], (a, b))
+    left, right = (np.clip(first + i, 0, image.shape[1] - 1) for i in (0, 1))
+    left = np.where(first < 0, 0, left)
+    columns = (image[:, left] * a[:, None] + image[:, right] * b[:, None]) >> 4
+    first, (a, b) = weights(image.shape[0], size[1])
+    upper, lower = (np.clip(first + i, 0, image.shape[0] - 1) for i in (0, 1))
+    rows = [(columns[which] * w[:, None, None]) >> 16 for which, w in ((upper, a), (lower, b))]
+    return (sum(rows) + 2) >> 2
+
+
+def mmdetection_network(state: State, kind: Kind, shorter: int, longer: int, *, caffe: bool) -> Network:
+    """Sees BGR in the caffe style, RGB in PyTorch's."""
+    return Network(
+        state,
+        kind,
+        names=mmdetection_name,
+        stride_in_1x1=caffe,
+        mean=[103.530, 116.280, 123.675] if caffe else [123.675, 116.28, 103.53],
+        std=[1.0, 1.0, 1.0] if caffe else [58.395, 57.12, 57.375],
+        resize=opencv_bytes,
+        level=lambda scale: torch.floor(torch.log2(scale / 56 + 1e-6)),
         shorter=shorter,
         longer=longer,
     )
