@@ -34,7 +34,7 @@ def load(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> GeneralizedRCNN:
-    """The detector in a file of this library, torchvision, detectron2 (also Detectron's), or MMDetection.
+    """The detector in a file of this library, torchvision, detectron2 (also Detectron's), MMDetection or matterport.
 
     It has that library's results: its way to resize and normalise images, its anchors, its RoIAlign, its masks.  Images
     are RGB in 0 .. 1, and labels begin with 1, as in torchvision, whatever the library has.  Nothing in the file is

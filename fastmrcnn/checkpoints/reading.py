@@ -7,13 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fastmrcnn.checkpoints import detectron2, mmdetection, torchvision
+from fastmrcnn.checkpoints import detectron2, matterport, mmdetection, torchvision
+from fastmrcnn.checkpoints.hdf5 import is_hdf5, load_layers
 from fastmrcnn.checkpoints.native import FORMAT, info_from
 from fastmrcnn.checkpoints.tensors import digest, existing, load_content, parse_json, state_of
 from fastmrcnn.checkpoints.weights import Weights, some
 
 SourceOption = Literal[
-    "auto", "fastmrcnn", "torchvision", "detectron2", "mmdetection", "mmdetection_caffe", "mmdetection_pytorch"
+    "auto",
+    "fastmrcnn",
+    "torchvision",
+    "detectron2",
+    "mmdetection",
+    "mmdetection_caffe",
+    "mmdetection_pytorch",
+    "matterport",
 ]
 
 
@@ -32,6 +40,12 @@ def read_weights(path: str | os.PathLike[str], source: SourceOption = "auto") ->
     if source not in get_args(SourceOption):
         raise ValueError(f"source={source!r}: expected one of {', '.join(get_args(SourceOption))}")
     path = existing(path)
+    if source == "matterport" or (source == "auto" and is_hdf5(path)):
+        layers = load_layers(path)
+        try:
+            return matterport.convert(layers)
+        except ValueError as error:
+            raise ValueError(f"checkpoint: {path}: {error}") from error
     content = load_content(path)
     try:
         return _recognised(content, path, source)

@@ -21,11 +21,17 @@ class FixedStrideAnchors(AnchorGenerator):
         sizes: square roots of the areas, in pixels, per level.
         aspect_ratios: height / width, per level.
         strides: pixels per cell of each level.
+        nearer: pixels by which the far corners are nearer.
     """
 
     def __init__(
-        self, sizes: Sequence[Sequence[float]], aspect_ratios: Sequence[Sequence[float]], strides: Sequence[int]
+        self,
+        sizes: Sequence[Sequence[float]],
+        aspect_ratios: Sequence[Sequence[float]],
+        strides: Sequence[int],
+        nearer: float = 0.0,
     ) -> None:
+        self.nearer = nearer
         super().__init__(tuple(map(tuple, sizes)), tuple(map(tuple, aspect_ratios)))
         self.strides = list(strides)
 
@@ -41,5 +47,5 @@ class FixedStrideAnchors(AnchorGenerator):
         for size in scales:
             for ratio in aspect_ratios:
                 width, height = size / math.sqrt(ratio), size * math.sqrt(ratio)
-                corners.append((-width / 2, -height / 2, width / 2, height / 2))
+                corners.append((-width / 2, -height / 2, width / 2 - self.nearer, height / 2 - self.nearer))
         return torch.tensor(corners, dtype=dtype, device=device)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
+from fastmrcnn.models import matterport
 from fastmrcnn.models.anchors import FixedStrideAnchors
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
 from fastmrcnn.models.preprocess import BytesPreprocess, Preprocess
@@ -50,6 +52,7 @@ class Conventions:
         semantics: of masks that are pasted.
         keypoint_scores: see `RoIHeads`.
         stride_in_1x1: bottlenecks of ResNets, other than ResNeXts, halve maps in their first convolution.
+        norm_eps: of the norms.
     """
 
     mean: Sequence[float] = IMAGENET[0]
@@ -67,6 +70,7 @@ class Conventions:
     semantics: Semantics = "detectron2"
     keypoint_scores: Literal["logit", "probability"] = "probability"
     stride_in_1x1: bool = False
+    norm_eps: float = 1e-5
 
     def anchors(self, sizes: Sequence[Sequence[float]], strides: Sequence[int]) -> AnchorGenerator:
         """Anchors of `sizes` per level, in pixels."""
@@ -88,6 +92,7 @@ class Conventions:
 
     def apply(self, model: GeneralizedRCNN, one_map: bool) -> None:
         """Set what torchvision's detectors have no arguments for."""
+        overwrite_eps(model, self.norm_eps)
         model.rpn.min_size = self.min_proposal
         heads = model.roi_heads
         heads.min_size, heads.keypoint_scores = self.min_detection, self.keypoint_scores
@@ -107,6 +112,38 @@ class Conventions:
         model.transform.semantics = self.semantics
 
 
+@dataclass(frozen=True)
+class Matterport(Conventions):
+    """See `fastmrcnn.models.matterport`."""
+
+    mean: Sequence[float] = matterport.MEAN
+    std: Sequence[float] = matterport.STD
+    proposals: tuple[int, int, int, int] = (6000, 6000, 2000, 1000)
+    min_detection: float = 0.0
+    stride_in_1x1: bool = True
+    norm_eps: float = matterport.EPS
+
+    def anchors(self, sizes: Sequence[Sequence[float]], strides: Sequence[int]) -> AnchorGenerator:
+        """Anchors of `sizes` per level, in shifted pixels."""
+        return matterport.anchors(sizes, strides)
+
+    def pooler(self, maps: list[str], output_size: int) -> MultiScaleRoIAlign:
+        """`crop_and_resize` to `output_size` samples each way."""
+        return matterport.CropAndResize(maps, output_size, 1)
+
+    def options(self, one_map: bool) -> dict[str, Any]:
+        """Arguments of torchvision's detectors."""
+        own = {"min_size": 800, "max_size": 1024, "box_score_thresh": 0.7, "box_nms_thresh": 0.3}
+        return super().options(one_map) | own
+
+    def apply(self, model: GeneralizedRCNN, one_map: bool) -> None:
+        """Set what torchvision's detectors have no arguments for."""
+        if one_map or model.roi_heads.has_keypoint():
+            raise ValueError("conventions of matterport are those of Mask and Faster R-CNN with a pyramid")
+        super().apply(model, one_map)
+        matterport.apply(model)
+
+
 CONVENTIONS: dict[Library, Conventions] = {
     "torchvision": Conventions(
         fixed_strides=False,
@@ -121,5 +158,6 @@ CONVENTIONS: dict[Library, Conventions] = {
         keypoint_scores="logit",
     ),
     "detectron2": Conventions(*CAFFE, resize_bytes=resize_like_pillow, level_rule="detectron2", stride_in_1x1=True),
+    "matterport": Matterport(),
     "mmdetection": Conventions(resize_bytes=resize_like_opencv, level_rule="mmdetection", min_detection=0.0),
 }

@@ -138,6 +138,8 @@ def pool(pooler: MultiScaleRoIAlign, features: Features, boxes: Tensor, valid: T
     image = torch.arange(len(boxes), device=boxes.device)[:, None]
     index = torch.where(valid, image, -1).to(boxes.dtype)
     rois = torch.cat((index[..., None], boxes), dim=-1).flatten(0, 1)
+    if (own := getattr(pooler, "pool", None)) is not None:
+        return own(features, rois, images)
     return ops.pool_like(pooler, features, rois, images.tensors.shape[-2], images.canvases)
 
 
