@@ -161,6 +161,7 @@ class DetectionBatch:
         count: number of detections of each image, int64 [N].
         masks: probabilities of the detected class inside the box, [N, D, M, M], or None.
         keypoints: [N, D, keypoints, 4] float32 (x, y, 1, score), or None.
+        mask_scores: of the masks, [N, D] float32, of a model that learns them (Mask Scoring R-CNN), or None.
     """
 
     boxes: Tensor
@@ -169,6 +170,7 @@ class DetectionBatch:
     count: Tensor
     masks: Tensor | None = None
     keypoints: Tensor | None = None
+    mask_scores: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:

@@ -64,6 +64,11 @@ def recipe_defaults(name: str) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with options that have a short name by their own."""
+    return ["--model.mask_iou=true" if argument == "--mask-iou" else argument for argument in arguments]
+
+
 def split_recipe(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """The recipe that `arguments` name, and the others: defaults have to be known before these can be parsed."""
     if arguments[:1] != ["train"]:
@@ -76,7 +81,7 @@ def split_recipe(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; `arguments` default to those of the process."""
-    recipe, arguments = split_recipe(sys.argv[1:] if arguments is None else list(arguments))
+    recipe, arguments = split_recipe(spelled_out(sys.argv[1:] if arguments is None else arguments))
     parser = build_parser(recipe)
     chosen = parser.instantiate(parser.parse_args(arguments))
     config, run, _ = COMMANDS[chosen.command]

@@ -109,7 +109,8 @@ def check_results(
         name: of the records in error messages.
 
     Returns:
-        For each record a copy with id (from 1), iscrowd, area in pixels and, for masks, compressed RLE.
+        For each record a copy with id (from 1), iscrowd, area in pixels and, for masks, compressed RLE, and in the
+        place of its score its mask_score, if it has one.
 
     Raises:
         ValueError: a record is malformed or names an image or category that the ground truth does not have.
@@ -123,10 +124,11 @@ def check_results(
             raise ValueError(f"{where}: image_id {record['image_id']!r} is not in the ground truth")
         if record["category_id"] not in truth.cats:
             raise ValueError(f"{where}: category_id {record['category_id']!r} is not in the ground truth")
-        if not isinstance(record["score"], int | float) or not math.isfinite(record["score"]):
-            raise ValueError(f"{where}: score must be a finite number, got {record['score']!r}")
+        key = "mask_score" if iou_type == "segm" and "mask_score" in record else "score"
+        if not isinstance(record[key], int | float) or not math.isfinite(record[key]):
+            raise ValueError(f"{where}: {key} must be a finite number, got {record[key]!r}")
         region = _region(record, iou_type, truth.imgs[record["image_id"]], num_keypoints, totals, where)
-        annotations.append({**record, "id": i + 1, "iscrowd": 0, **region})
+        annotations.append({**record, "score": record[key], "id": i + 1, "iscrowd": 0, **region})
     return annotations
 
 
@@ -221,15 +223,15 @@ def detections_to_coco(
 
     Args:
         output: what the model returns for the image: boxes float [D, 4] (x1, y1, x2, y2 in pixels), labels int [D]
-            from 1, scores float [D]; if it has them, masks float [D, 1, H, W] in 0..1, or D COCO RLEs, and keypoints
-            float [D, K, 3].
+            from 1, scores float [D]; if it has them, masks float [D, 1, H, W] in 0..1, or D COCO RLEs, mask_scores
+            float [D], and keypoints float [D, K, 3].
         image_id: the image's id in the ground truth.
         category_ids: the category of label ``l`` is ``category_ids[l - 1]``; None leaves its detections out.
         mask_threshold: a pixel belongs to a mask where the soft mask is above this.
 
     Returns:
         One record per detection, in the model's order: image_id, category_id, bbox (x, y, width, height), score, and
-        segmentation (RLE, counts as str) or keypoints (x, y, v flattened) if given.
+        segmentation (RLE, counts as str), mask_score or keypoints (x, y, v flattened) if given.
 
     Raises:
         ValueError: a label has no category.
@@ -246,6 +248,8 @@ def detections_to_coco(
         "bbox": torch.cat([boxes[:, :2], sizes], dim=1).tolist(),
         "score": output["scores"].tolist(),
     }
+    if "mask_scores" in output:
+        columns["mask_score"] = output["mask_scores"].tolist()
     if "masks" in output:
         masks = output["masks"]
         encoded = ops.encode_bool(masks[:, 0] > mask_threshold).rles if isinstance(masks, Tensor) else masks

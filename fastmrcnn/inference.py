@@ -93,6 +93,8 @@ class Inference:
         small = {"count": found.count, "boxes": found.boxes, "labels": found.labels, "scores": found.scores}
         if found.keypoints is not None:
             small["keypoints"] = found.keypoints
+        if found.mask_scores is not None and self.masks is not None:
+            small["mask_scores"] = found.mask_scores
         copies = {name: begin_copy(value) for name, value in small.items()}
 
         def finish() -> list[Result]:

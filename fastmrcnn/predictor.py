@@ -45,7 +45,8 @@ class Predictor:
 
     A result is a dict of the detections, best first, on the CPU: ``boxes`` float32 [D, 4] (x1, y1, x2, y2 in pixels of
     the image), ``labels`` int64 [D], ``scores`` float32 [D], of a keypoint detector ``keypoints`` float32 [D, K, 3] and
-    ``keypoints_scores`` [D, K], and of one with masks ``masks`` in the format asked for:
+    ``keypoints_scores`` [D, K], of one that learns them ``mask_scores`` float32 [D], and of one with masks ``masks`` in
+    the format asked for:
 
     - ``"soft"``: float32 [D, 1, H, W] in 0..1, as torchvision has them. Most of the time goes into moving them.
     - ``"bool"``: bool [D, 1, H, W].

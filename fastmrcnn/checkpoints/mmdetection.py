@@ -29,6 +29,7 @@ RULES = [
     (r"^roi_heads\.box_predictor\.cls_score\.", "roi_head.bbox_head.fc_cls."),
     (r"^roi_heads\.box_predictor\.bbox_pred\.", "roi_head.bbox_head.fc_reg."),
     (r"^roi_heads\.mask_head\.(\d)\.0\.", r"roi_head.mask_head.convs.\1.conv."),
+    (r"^roi_heads\.mask_iou_head\.", "roi_head.mask_iou_head."),
     (r"^roi_heads\.mask_predictor\.conv5_mask\.", "roi_head.mask_head.upsample."),
     (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "roi_head.mask_head.conv_logits."),
 ]
@@ -74,6 +75,7 @@ def convert(given: dict[str, Tensor], meta: Mapping[str, Any], style: str | None
     kind = "maskrcnn" if any(name.startswith("roi_head.mask_head.") for name in given) else "fasterrcnn"
     config = ModelConfig(model_name(f"{kind}_{body}_fpn"), conventions="mmdetection")
     num_objects = len(given["roi_head.bbox_head.fc_cls.weight"]) - 1
+    config.mask_iou = any(name.startswith("roi_head.mask_iou_head.") for name in given)
     config.class_agnostic = num_objects > 1 and len(given["roi_head.bbox_head.fc_reg.weight"]) == 4
     reversed_channels = _style(config, text, style)
     _sizes(config, text)
@@ -84,6 +86,8 @@ def convert(given: dict[str, Tensor], meta: Mapping[str, Any], style: str | None
             return value.flip(1)
         if "box_predictor.cls_score" in name:
             return value.roll(1, 0)
+        if "fc_mask_iou" in name:
+            return torch.cat((value.new_zeros(1, *value.shape[1:]), value))
         if config.class_agnostic:
             return value
         rows = 4 if "box_predictor.bbox_pred" in name else 1 if "mask_fcn_logits" in name else 0

@@ -41,7 +41,7 @@ def prepare(model: GeneralizedRCNN, dtype: torch.dtype, *, with_masks: bool = Tr
     model = copy.deepcopy(model).eval().requires_grad_(False)
     heads: Any = model.roi_heads
     if not with_masks:
-        heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = None
+        heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = heads.mask_iou_head = None
     examples = {name: None if pooler is None else pooled_like(model, pooler) for name, pooler in HEADS.items()}
     model.backbone = fuse(model.backbone)
     model.rpn.head = fused_rpn_head(model.rpn.head)
@@ -87,9 +87,12 @@ def fused_mask_predictor(predictor: Any) -> tuple[nn.Module, bool]:
     return ClassMasks(predictor.conv5_mask, predictor.mask_fcn_logits), True
 
 
-def class_masks(heads: Any, features: Features, detections: DetectionBatch, images: ImageBatch) -> Tensor:
+def class_masks(
+    heads: Any, features: Features, detections: DetectionBatch, images: ImageBatch
+) -> tuple[Tensor, Tensor | None]:
     """`RoIHeads.masks` where the mask predictor is `ClassMasks`."""
     pooled = pool(heads.mask_roi_pool, features, detections.boxes, detections.valid, images)
-    maps = heads.mask_head(pooled.contiguous(memory_format=torch.channels_last))
-    logits = heads.mask_predictor(maps, detections.labels.clamp(min=0).flatten())
-    return widen(logits).sigmoid().unflatten(0, detections.labels.shape)
+    pooled = pooled.contiguous(memory_format=torch.channels_last)
+    logits = heads.mask_predictor(heads.mask_head(pooled), detections.labels.clamp(min=0).flatten())
+    logits = logits.unflatten(0, detections.labels.shape)
+    return widen(logits).sigmoid(), heads.mask_scores(pooled, logits, detections)

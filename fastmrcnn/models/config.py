@@ -16,7 +16,13 @@ from fastmrcnn.models.conventions import CONVENTIONS, Library
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
 from fastmrcnn.models.norms import Norm, replace_norms
 from fastmrcnn.models.small import maskrcnn_resnet18_fpn
-from fastmrcnn.models.surgery import freeze, keep_first_stages, replace_first_convolution, replace_heads
+from fastmrcnn.models.surgery import (
+    add_mask_iou_head,
+    freeze,
+    keep_first_stages,
+    replace_first_convolution,
+    replace_heads,
+)
 
 ModelName = Literal[
     "maskrcnn_resnet50_fpn",
@@ -73,6 +79,7 @@ class ModelConfig:
         channels: of the images; for other than 3 the first layer is new, of pretrained weights the mean of the old.
         image_mean: mean per channel of images in 0 to 1; by default that of ImageNet, for other than 3 channels 0.5.
         image_std: deviation per channel; by default that of ImageNet, for other than 3 channels 0.25.
+        mask_iou: learn how good masks are, too, for their scores (Mask Scoring R-CNN).
         conventions: library whose rules hold for all that weights do not say: how images are resized and normalised,
             anchors, RoIAlign, box losses, pasted masks. Loading a file of that library sets it.
         stride_in_1x1: bottlenecks halve maps in their 1x1 convolution; by default as the library has it.
@@ -94,6 +101,7 @@ class ModelConfig:
     channels: int = 3
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
+    mask_iou: bool = False
     conventions: Library = "torchvision"
     stride_in_1x1: bool | None = None
 
@@ -121,6 +129,8 @@ def build_model(
     if config.channels != 3:
         replace_first_convolution(model, config.channels, trained and pretrained)
     replace_heads(model, num_classes, num_keypoints, config.class_agnostic)
+    if config.mask_iou:
+        add_mask_iou_head(model, num_classes)
     freeze(model, config.freeze)
     return model
 

@@ -58,7 +58,8 @@ class GeneralizedRCNN(TorchvisionGeneralizedRCNN):
         Returns:
             In training a dict of losses.  In evaluation one dict per image, best detection first: `boxes` float32
             [D, 4], `labels` int64 [D], `scores` float32 [D], and `masks` float32 [D, 1, H, W] in 0 .. 1 or
-            `keypoints` float32 [D, K, 3] and `keypoints_scores` [D, K] by the branches of the model.
+            `keypoints` float32 [D, K, 3] and `keypoints_scores` [D, K] by the branches of the model; and of one that
+            learns them, `mask_scores` float32 [D].
 
         Raises:
             ValueError, TypeError: for what is missing or malformed in `images` or `targets`.

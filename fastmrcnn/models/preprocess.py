@@ -85,6 +85,8 @@ class Preprocess(GeneralizedRCNNTransform):
             if detections.masks is not None:
                 masks = detections.masks[i, :count]
                 result["masks"] = ops.paste_masks(masks, boxes, original_sizes[i], semantics=self.semantics)[:, None]
+            if detections.mask_scores is not None:
+                result["mask_scores"] = detections.mask_scores[i, :count]
             if detections.keypoints is not None:
                 keypoints, keypoint_scores = detections.keypoints[i, :count].split((3, 1), dim=-1)
                 result["keypoints"] = keypoints

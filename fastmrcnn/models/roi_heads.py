@@ -15,6 +15,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from fastmrcnn import ops
 from fastmrcnn.batches import DetectionBatch, ImageBatch, ProposalBatch, TargetBatch, trim, widen
 from fastmrcnn.models import losses
+from fastmrcnn.models.mask_scoring import iou_targets, mask_iou_loss
 from fastmrcnn.models.padded_norm import ignoring_padding
 from fastmrcnn.models.sampling import BACKGROUND, IGNORED, gather, match, sample
 
@@ -39,7 +40,7 @@ class RoIHeads(torchvision_heads.RoIHeads):
         logits, deltas = self._classify(features, proposals.boxes, proposals.valid, images)
         detections = trim(self.select(logits, deltas, proposals, images))
         if self.has_mask():
-            detections.masks = self.masks(features, detections, images)
+            detections.masks, detections.mask_scores = self.masks(features, detections, images)
         if self.has_keypoint():
             heatmaps = widen(self._branch("keypoint", features, detections.boxes, detections.valid, images))
             canvas = (images.tensors.shape[-2], images.tensors.shape[-1])
@@ -53,10 +54,24 @@ class RoIHeads(torchvision_heads.RoIHeads):
             detections.keypoints = found.unflatten(0, detections.scores.shape)
         return detections
 
-    def masks(self, features: Features, detections: DetectionBatch, images: ImageBatch) -> Tensor:
-        """Mask probabilities [N, D, M, M] of detections, each of its class."""
-        logits = self._branch("mask", features, detections.boxes, detections.valid, images)
-        return widen(of_label(logits, detections.labels)).sigmoid()
+    def masks(self, features: Features, detections: DetectionBatch, images: ImageBatch) -> tuple[Tensor, Tensor | None]:
+        """Mask probabilities [N, D, M, M] of detections, each of its class; and scores [N, D], if that is learned."""
+        pooled = self._pool("mask", features, detections.boxes, detections.valid, images)
+        logits = of_label(self._run_branch("mask", pooled, detections.valid), detections.labels)
+        return widen(logits).sigmoid(), self.mask_scores(pooled, logits, detections)
+
+    def mask_scores(self, pooled: Tensor, logits: Tensor, detections: DetectionBatch) -> Tensor | None:
+        """Scores [N, D] of masks by what their head saw, and their `logits` [N, D, M, M]; None without such a head."""
+        iou = self._mask_iou(pooled, logits, detections.labels)
+        return None if iou is None else detections.scores * widen(iou)
+
+    def _mask_iou(self, pooled: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
+        """The IoU [N, S] that masks are told to have."""
+        head = getattr(self, "mask_iou_head", None)
+        if head is None:
+            return None
+        iou = head(pooled, logits.flatten(0, 1)).unflatten(0, labels.shape)
+        return iou.gather(2, labels.clamp(min=0)[..., None]).squeeze(2)
 
     def select(self, logits: Tensor, deltas: Tensor, proposals: ProposalBatch, images: ImageBatch) -> DetectionBatch:
         """The best boxes over all classes but the background: threshold, non-maximum suppression per class, top D.
@@ -101,8 +116,13 @@ class RoIHeads(torchvision_heads.RoIHeads):
         positives = samples.positives
         boxes, labels, matched, positive = (x[:, :positives] for x in (boxes, labels, matched, positive))
         if self.has_mask():
-            mask_logits = self._branch("mask", features, boxes, positive, images)
-            result["loss_mask"] = losses.mask_loss(of_label(mask_logits, labels), boxes, matched, positive, targets)
+            pooled = self._pool("mask", features, boxes, positive, images)
+            mask_logits = of_label(self._run_branch("mask", pooled, positive), labels)
+            result["loss_mask"] = losses.mask_loss(mask_logits, boxes, matched, positive, targets)
+            iou = self._mask_iou(pooled, mask_logits, labels)
+            if iou is not None:
+                wanted = iou_targets(mask_logits.detach(), boxes, matched, positive, targets)
+                result["loss_mask_iou"] = mask_iou_loss(iou, wanted)
         if self.has_keypoint():
             heatmaps = self._branch("keypoint", features, boxes, positive, images)
             result["loss_keypoint"] = losses.keypoint_loss(heatmaps, boxes, matched, positive, targets)
@@ -122,12 +142,19 @@ class RoIHeads(torchvision_heads.RoIHeads):
 
     def _branch(self, name: str, features: Features, boxes: Tensor, valid: Tensor, images: ImageBatch) -> Tensor:
         """Output [N, D, channels, M, M] of the mask or keypoint branch for `boxes` [N, D, 4]."""
+        return self._run_branch(name, self._pool(name, features, boxes, valid, images), valid)
+
+    def _pool(self, name: str, features: Features, boxes: Tensor, valid: Tensor, images: ImageBatch) -> Tensor:
+        """What that branch sees, [N D, C, P, P]."""
+        pooled = pool(getattr(self, f"{name}_roi_pool"), features, boxes, valid, images)
+        return pooled.contiguous(memory_format=torch.channels_last)
+
+    def _run_branch(self, name: str, pooled: Tensor, valid: Tensor) -> Tensor:
+        """What it makes of that."""
         head: nn.Module = getattr(self, f"{name}_head")
         predictor: nn.Module = getattr(self, f"{name}_predictor")
-        pooled = pool(getattr(self, f"{name}_roi_pool"), features, boxes, valid, images)
-        pooled = pooled.contiguous(memory_format=torch.channels_last)
         with ignoring_padding(valid, head, predictor):
-            return predictor(head(pooled)).unflatten(0, boxes.shape[:2])
+            return predictor(head(pooled)).unflatten(0, valid.shape)
 
 
 def pool(pooler: MultiScaleRoIAlign, features: Features, boxes: Tensor, valid: Tensor, images: ImageBatch) -> Tensor:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.models.resnet import Bottleneck
 
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
+from fastmrcnn.models.mask_scoring import MaskIoUHead
 from fastmrcnn.models.norms import AnyBatchNorm, converted, is_batch_norm
 
 
@@ -39,6 +41,18 @@ def replace_heads(
         last = heads.keypoint_predictor.kps_score_lowres
         if last.out_channels != num_keypoints:
             heads.keypoint_predictor = KeypointRCNNPredictor(last.in_channels, num_keypoints)
+
+
+def add_mask_iou_head(model: GeneralizedRCNN, num_classes: int) -> None:
+    """Give `model` a new head that learns how good its masks are.
+
+    Raises:
+        ValueError: it has no masks, or those of whole stages of a ResNet (C4).
+    """
+    heads, channels = model.roi_heads, model.backbone.out_channels
+    if not heads.has_mask() or not isinstance(channels, int) or isinstance(heads.mask_head[0], Bottleneck):
+        raise ValueError("mask_iou: only a model with masks of RoI features has such a head")
+    heads.mask_iou_head = MaskIoUHead(channels, heads.mask_roi_pool.output_size[0], num_classes)
 
 
 def first_convolution(model: GeneralizedRCNN) -> tuple[str, nn.Conv2d]:

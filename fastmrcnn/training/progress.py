@@ -24,6 +24,7 @@ _SHORT = {
     "loss_classifier": "cls",
     "loss_box_reg": "box",
     "loss_mask": "mask",
+    "loss_mask_iou": "miou",
     "loss_keypoint": "kpt",
     "loss_objectness": "obj",
     "loss_rpn_box_reg": "rpn",

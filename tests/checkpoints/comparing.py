@@ -38,6 +38,8 @@ def assert_same(ours: dict[str, Tensor], theirs: Found) -> None:
         differing = (ours["masks"][:, 0] >= 0.5) != theirs.masks
         assert theirs.masks.flatten(1).any(dim=1).sum() > 20
         assert differing.sum() <= 2  # pixels at 0.5
+    if theirs.mask_scores is not None:
+        torch.testing.assert_close(ours["mask_scores"], theirs.mask_scores, rtol=1e-4, atol=1e-6)
     if theirs.keypoints is not None:
         torch.testing.assert_close(ours["keypoints"][..., :2], theirs.keypoints[..., :2], rtol=1e-5, atol=1e-3)
         torch.testing.assert_close(ours["keypoints_scores"], theirs.keypoints[..., 2], rtol=1e-4, atol=1e-6)

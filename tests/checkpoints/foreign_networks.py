@@ -35,6 +35,7 @@ class Kind:
     groups: int = 1
     width: int = 64
     mask: bool = True
+    mask_iou: bool = False
     keypoints: int = 0
     classes: int = 80
     blocks: tuple[int, int, int, int] = field(init=False)
@@ -139,6 +140,12 @@ def mmdetection_shapes(kind: Kind) -> Shapes:
         for i in range(4):
             layers[f"roi_head.mask_head.convs.{i}.conv"] = (256, 256, 3, 3)
         layers["roi_head.mask_head.conv_logits"] = (kind.classes, 256, 1, 1)
+        if kind.mask_iou:
+            for i in range(4):
+                layers[f"roi_head.mask_iou_head.convs.{i}"] = (256, 256 if i else 257, 3, 3)
+            layers["roi_head.mask_iou_head.fcs.0"] = (1024, 12544)
+            layers["roi_head.mask_iou_head.fcs.1"] = (1024, 1024)
+            layers["roi_head.mask_iou_head.fc_mask_iou"] = (kind.classes, 1024)
         shapes["roi_head.mask_head.upsample.weight"] = (256, 256, 2, 2)
         shapes["roi_head.mask_head.upsample.bias"] = (256,)
     for name, shape in layers.items():
@@ -193,6 +200,7 @@ class Found:
     classes: Tensor
     masks: Tensor | None = None
     keypoints: Tensor | None = None
+    mask_scores: Tensor | None = None
 
 
 class Network:
@@ -367,6 +375,14 @@ class Network:
             for part in ("weight", "bias"):
                 self.state[f"{layer}.{part}"] = self.state[f"{layer}.{part}"].float().double()
 
+    def mask_iou(self, x: Tensor, logits: Tensor) -> Tensor:
+        where = "roi_head.mask_iou_head"
+        x = torch.cat((x, functional.max_pool2d(logits.sigmoid()[:, None], 2)), dim=1)
+        for i in range(4):
+            x = self.conv(f"{where}.convs.{i}", x, padding=1, stride=2 if i == 3 else 1).relu()
+        x = self.linear(f"{where}.fcs.0", x.flatten(1)).relu()
+        return self.linear(f"{where}.fc_mask_iou", self.linear(f"{where}.fcs.1", x).relu())
+
     @torch.inference_mode()
     def __call__(self, image: Any) -> Found:
         """Detections in a uint8 image [H, W, 3], in the network's order of channels."""
@@ -386,8 +402,11 @@ class Network:
         boxes, scores, classes = boxes[kept], scores[kept], classes[kept]
         found = Found(boxes * torch.tensor([before[1] / width, before[0] / height]).repeat(2), scores, classes)
         if self.kind.mask:
-            logits = self.mask_logits(maps, boxes)
-            found.masks = paste(logits[torch.arange(len(boxes)), classes].sigmoid(), found.boxes, before)
+            logits = self.mask_logits(maps, boxes)[torch.arange(len(boxes)), classes]
+            found.masks = paste(logits.sigmoid(), found.boxes, before)
+            if self.kind.mask_iou:
+                iou = self.mask_iou(self.pooled(maps, boxes, 14), logits)
+                found.mask_scores = scores * iou[torch.arange(len(boxes)), classes]
         if self.kind.keypoints:
             found.keypoints = self.keypoints(maps, boxes)
             found.keypoints[..., :2] *= torch.tensor([before[1] / width, before[0] / height])

@@ -42,7 +42,7 @@ def save(path: Path, state: dict[str, torch.Tensor], meta: dict[str, Any]) -> Pa
 @pytest.mark.parametrize("style", ["caffe", "pytorch"])
 def test_detections(style: str, tmp_path: Path) -> None:
     caffe = style == "caffe"
-    kind = Kind()
+    kind = Kind(mask_iou=caffe)
     network = mmdetection_network(
         random_state(mmdetection_shapes(kind), of_bytes=caffe), kind, SHORTER, LONGER, caffe=caffe
     )

@@ -22,6 +22,7 @@ from fastmrcnn.data.sampling import Key
 from fastmrcnn.data.views import Resize
 from fastmrcnn.models.config import build_model
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
+from fastmrcnn.models.surgery import add_mask_iou_head
 from fastmrcnn.ops.implementations import IMPLEMENTATIONS
 from fastmrcnn.training.capture import WARM_UP, CapturedLearner
 from fastmrcnn.training.config import OptimConfig
@@ -83,6 +84,8 @@ def test_a_whole_step_reads_nothing(builder: str, precision: str, kind: type[Lea
     """
     few = {f"rpn_{when}_nms_top_n_train": 20 for when in ("pre", "post")}
     network = getattr(fastmrcnn, builder)(weights=None, weights_backbone=None, num_classes=3, **few).train()
+    if network.roi_heads.has_mask():
+        add_mask_iou_head(network, 3)
     sgd = torch.optim.SGD(network.parameters(), 0.01, 0.9, fused=True)
     options = OptimConfig(clip_norm=1.0, accumulate=2)
     learns = kind(network, sgd, options, precision, WeightAverage(network, 0.9))
