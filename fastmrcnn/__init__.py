@@ -1,6 +1,6 @@
 """Mask R-CNN for PyTorch: torchvision's API, weights and results, with Triton kernels on the hot paths."""
 
-from fastmrcnn import ops
+from fastmrcnn import matterport, ops
 from fastmrcnn.accelerate import accelerate
 from fastmrcnn.batches import DetectionBatch, ImageBatch, ProposalBatch, TargetBatch
 from fastmrcnn.checkpoints import load
@@ -41,6 +41,7 @@ __all__ = [
     "load",
     "maskrcnn_resnet50_fpn",
     "maskrcnn_resnet50_fpn_v2",
+    "matterport",
     "ops",
     "patch_torchvision",
 ]

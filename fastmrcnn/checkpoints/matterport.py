@@ -39,11 +39,8 @@ def convert(layers: Layers, exclude: tuple[str, ...] = (), *, partial: bool = Fa
     if depth is None:
         raise ValueError(f"it has {blocks} blocks in its fourth stage: expected 6 of a ResNet-50 or 23 of a ResNet-101")
     config = ModelConfig(model_name(f"maskrcnn_{depth}_fpn"), conventions="matterport")
-    classes = 81
-    for name, axis in (("mrcnn_class_logits", -1), ("mrcnn_mask", -1)):
-        if name in layers:
-            classes = layers[name]["kernel"].shape[axis]
-            break
+    last = next((layers[name] for name in ("mrcnn_class_logits", "mrcnn_mask") if name in layers), None)
+    classes = 81 if last is None else last["kernel"].shape[-1]
     info = info_of(config, classes - 1)
     source = _Source(layers)
     state: dict[str, Tensor] = {}

@@ -74,7 +74,7 @@ def iou_targets(mask_logits: Tensor, boxes: Tensor, matched: Tensor, valid: Tens
     assert targets.masks is not None
     masks, cells = targets.masks, mask_logits.shape[-1]
     of_masks = (masks.words, masks.offsets, masks.views)
-    # Half a pixel less: the mask loss compares with masks as torchvision's RoIAlign sees them, this with where they are.
+    # Half a pixel less: the mask loss compares with masks as torchvision's RoIAlign sees them, this where they are.
     wanted = ops.mask_targets(*of_masks, boxes - 0.5, matched, valid, cells) >= 0.5
     objects = torch.arange(targets.boxes.shape[1], device=boxes.device).expand(targets.boxes.shape[:2])
     inside = ops.mask_targets(*of_masks, targets.boxes - 0.5, objects, targets.valid, 2 * cells)
