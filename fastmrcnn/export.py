@@ -36,7 +36,7 @@ from fastmrcnn.files import write_atomically
 from fastmrcnn.inference import default_device, eval_mode
 from fastmrcnn.models.config import ModelConfig, build_model
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
-from fastmrcnn.models.preprocess import resized_size, scaled
+from fastmrcnn.models.preprocess import BytesPreprocess, resized_size, scaled
 
 __all__ = ["DetectionStep", "ExportConfig", "export", "run"]
 
@@ -160,6 +160,8 @@ def export(
             f"model: expected a detector of fastmrcnn, got {type(model).__name__}; fastmrcnn.accelerate makes one of "
             "torchvision's"
         )
+    if isinstance(model.transform, BytesPreprocess):
+        raise ValueError("model: its conventions resize images as bytes, which exported programs do not do")
     if format not in get_args(Format):
         raise ValueError(f"format: expected {' or '.join(get_args(Format))}, got {format!r}")
     if len(size) != 2 or min(size) < 1:

@@ -58,9 +58,9 @@ class Predictor:
     - None: no masks.
 
     Args:
-        model: a detector, or the path of a checkpoint of this library. Detectors other than ours are called in eval
-            mode with a list of float32 [3, H, W] in 0..1 and return torchvision's list of dicts. The model's mode is
-            as before after every batch.
+        model: a detector, or the path of a checkpoint that :func:`fastmrcnn.load` takes. Detectors other than ours are
+            called in eval mode with a list of float32 [3, H, W] in 0..1 and return torchvision's list of dicts. The
+            model's mode is as before after every batch.
         device: where to run; the model is moved there. None is where the model is, and for a checkpoint the GPU if
             there is one.
         masks: the format of masks.
@@ -116,6 +116,9 @@ class Predictor:
             category_ids = info.category_ids if category_ids is None else category_ids
         elif not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module or the path of a checkpoint, got {type(model).__name__}")
+        elif (known := getattr(model, "info", None)) is not None:
+            class_names = known.class_names if class_names is None else class_names
+            category_ids = known.category_ids if category_ids is None else category_ids
         self.model = model if device is None else model.to(device)
         self.batch_size = batch_size
         self.workers = workers

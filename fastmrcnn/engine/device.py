@@ -20,6 +20,7 @@ from fastmrcnn.engine.padding import keep_apart
 from fastmrcnn.engine.step import Found, Step
 from fastmrcnn.inference import Encoding, Inference, MaskFormat, Result
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
+from fastmrcnn.models.preprocess import resized_bytes
 from fastmrcnn.ops.images import copy_pixels
 
 WARM_UP = 3
@@ -73,13 +74,13 @@ class DeviceRunner:
         batch = next(n for n in self.batch_sizes if n >= len(images))
         step, run = self.programs[bucket, batch]
         with self.lock, self.on_stream():
-            self.load(step, images)
+            sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+            self.load(step, [resized_bytes(step.model.transform, image) for image in images], sizes)
             found = run()
             # The next run overwrites what this one has found, which is small as long as masks are not pasted.
             names = [f.name for f in fields(found.detections)]
             values = {name: x.clone() for name in names if (x := getattr(found.detections, name)) is not None}
             detections = replace(found.detections, **values)
-            sizes = [(image.shape[-2], image.shape[-1]) for image in images]
             return self.inference.collect(detections, sizes, self.encoding(detections, sizes, found.encoding))
 
     def encoding(self, found: DetectionBatch, sizes: list[Size], launched: Tensor | None) -> Encoding | None:
@@ -101,19 +102,19 @@ class DeviceRunner:
             with torch.cuda.stream(self.stream):
                 yield
 
-    def load(self, step: Step, images: Sequence[Tensor]) -> None:
+    def load(self, step: Step, images: Sequence[Tensor], sizes: Sequence[Size]) -> None:
         """Copy images into the buffer of a step; what comes from the CPU in one piece, and without waiting."""
         pinned = self.stream is not None
         staged = torch.empty(step.buffer.shape, dtype=torch.uint8, pin_memory=pinned)
         on_host = [image.device.type == "cpu" for image in images]
-        for place, image, here in zip(step.fill(staged, images), images, on_host, strict=True):
+        for place, image, here in zip(step.fill(staged, images, sizes), images, on_host, strict=True):
             if here:
                 copy_pixels(image, place)
         last = max((i + 1 for i, here in enumerate(on_host) if here), default=0)
         used = step.header + step.room * last
         step.buffer[:used].copy_(staged[:used], non_blocking=True)
-        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-        for place, image, here in zip(step.places(step.buffer, sizes), images, on_host, strict=True):
+        given = [(image.shape[-2], image.shape[-1]) for image in images]
+        for place, image, here in zip(step.places(step.buffer, given), images, on_host, strict=True):
             if not here:
                 place.copy_(image, non_blocking=True)
                 if self.stream is not None and image.is_cuda:

@@ -14,6 +14,7 @@ from fastmrcnn.engine.device import DeviceRunner
 from fastmrcnn.engine.host import HostRunner
 from fastmrcnn.engine.prepare import prepare
 from fastmrcnn.inference import MaskFormat, Result, device_of
+from fastmrcnn.models.matterport import SquarePreprocess
 
 ImageSizes = Size | Sequence[Size]
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float16, torch.bfloat16, torch.float32)}
@@ -143,6 +144,8 @@ def compile(
         RuntimeError: the model cannot be captured as a CUDA graph; the message names the part.
     """
     model = accelerate(model)
+    if isinstance(model.transform, SquarePreprocess):
+        raise ValueError("model: a network with matterport's conventions cannot be compiled; run it as it is")
     device = device_of(model)
     if device.type not in DTYPES:
         raise ValueError(f"model: it is on {device.type!r}; move it to 'cpu' or 'cuda'")

@@ -12,7 +12,7 @@ from fastmrcnn.batches import ImageBatch
 from fastmrcnn.engine.buckets import Bucket, canvas_of
 from fastmrcnn.inference import Inference, MaskFormat, Result
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
-from fastmrcnn.models.preprocess import resized_size
+from fastmrcnn.models.preprocess import resized_bytes, resized_size
 from fastmrcnn_kernels.views import WINDOW_HEIGHT, whole
 
 
@@ -35,10 +35,12 @@ class HostRunner:
     @torch.inference_mode()
     def _begin(self, image: Tensor) -> Callable[[], list[Result]]:
         transform, size = self.model.transform, (image.shape[-2], image.shape[-1])
+        resized = resized_size(transform, size)
+        image = resized_bytes(transform, image)
         pixels, offsets = ops.pack_images([image])
-        views = torch.tensor([whole(*size, *resized_size(transform, size))])
+        views = torch.tensor([whole(image.shape[-2], image.shape[-1], *resized)])
         mean, std = transform.image_mean, transform.image_std
         tensors = ops.resize_images(pixels, offsets, views, canvas_of(transform, size), mean, std, self.dtype)
         found = self.model.detect(ImageBatch(tensors, views[:, WINDOW_HEIGHT:]))
-        found = transform.in_original_pixels(found, [resized_size(transform, size)], [size])
+        found = transform.in_original_pixels(found, [resized], [size])
         return self.inference.collect(found, [size])

@@ -13,11 +13,11 @@ from fastmrcnn.batches import DetectionBatch, ImageBatch
 from fastmrcnn.engine.buckets import Bucket, Size, canvas_of
 from fastmrcnn.engine.layers import Canvases
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
-from fastmrcnn.models.preprocess import resized_size, scaled
-from fastmrcnn_kernels.views import COLUMNS, HEIGHT, WIDTH, WINDOW_HEIGHT, whole
+from fastmrcnn.models.preprocess import BytesPreprocess, resized_size, scaled
+from fastmrcnn_kernels.views import COLUMNS, WINDOW_HEIGHT, whole
 
-NUMBERS = COLUMNS + 2
-"""int64 of each image: its view, and its canvas."""
+NUMBERS = COLUMNS + 4
+"""int64 of each image: its view, its canvas, and the size in which its detections are wanted."""
 
 
 @dataclass
@@ -60,24 +60,28 @@ class Step:
         self.dtype, self.threshold = dtype, threshold
         device = next(model.parameters()).device
         self.channels = len(model.transform.image_mean)
-        self.room = -(-bucket.image[0] * bucket.image[1] * self.channels // 8) * 8
+        height, width = bucket.canvas if isinstance(model.transform, BytesPreprocess) else bucket.image
+        self.room = -(-height * width * self.channels // 8) * 8
         self.header = 8 * NUMBERS * batch
         self.buffer = torch.zeros(self.header + self.room * batch, dtype=torch.uint8, device=device)
         self.offsets = torch.arange(batch, device=device) * self.room
 
-    def fill(self, buffer: Tensor, images: Sequence[Tensor]) -> list[Tensor]:
+    def fill(self, buffer: Tensor, images: Sequence[Tensor], sizes: Sequence[Size]) -> list[Tensor]:
         """Write what is to be read of `images` to a `buffer` in CPU memory like the step's.
+
+        `sizes` are those of the images before they were resized as bytes, if that is how the model has them resized.
 
         Returns:
             Where in it the pixels of each image belong, uint8 [C, H, W]; those are left to the caller.
         """
         transform = self.model.transform
         numbers = torch.zeros(self.batch * NUMBERS, dtype=torch.int64)
-        views, canvases = numbers.split((self.batch * COLUMNS, self.batch * 2))
-        for i, image in enumerate(images):
-            size = (image.shape[-2], image.shape[-1])
-            views[i * COLUMNS : (i + 1) * COLUMNS] = torch.tensor(whole(*size, *resized_size(transform, size)))
+        views, canvases, originals = numbers.split((self.batch * COLUMNS, self.batch * 2, self.batch * 2))
+        for i, (image, size) in enumerate(zip(images, sizes, strict=True)):
+            view = whole(image.shape[-2], image.shape[-1], *resized_size(transform, size))
+            views[i * COLUMNS : (i + 1) * COLUMNS] = torch.tensor(view)
             canvases[2 * i : 2 * i + 2] = torch.tensor(canvas_of(transform, size))
+            originals[2 * i : 2 * i + 2] = torch.tensor(size)
         buffer[: self.header] = numbers.view(torch.uint8)
         return self.places(buffer, [(image.shape[-2], image.shape[-1]) for image in images])
 
@@ -94,17 +98,23 @@ class Step:
         """Detections in what `buffer` holds now."""
         transform = self.model.transform
         numbers = self.buffer[: self.header].view(torch.int64)
-        views, canvases = numbers.split((self.batch * COLUMNS, self.batch * 2))
-        views, canvases = views.view(self.batch, COLUMNS), canvases.view(self.batch, 2)
+        views, canvases, originals = numbers.split((self.batch * COLUMNS, self.batch * 2, self.batch * 2))
+        views, canvases, originals = (x.view(self.batch, -1) for x in (views, canvases, originals))
         pixels, mean, std = self.buffer[self.header :], transform.image_mean, transform.image_std
         tensors = ops.resize_images(pixels, self.offsets, views, self.bucket.canvas, mean, std, self.dtype)
-        sizes, originals = views[:, WINDOW_HEIGHT:], views[:, HEIGHT : WIDTH + 1]
+        sizes = views[:, WINDOW_HEIGHT:]
         found = self.detect(ImageBatch(tensors, sizes, canvases))
         found = scaled(found, originals.float() / sizes.clamp(min=1).float())
         encoding = None
         if self.threshold is not None and found.masks is not None:
             encoding = ops.launch_encoding(
-                found.masks, found.boxes, originals, self.bucket.image, count=found.count, threshold=self.threshold
+                found.masks,
+                found.boxes,
+                originals,
+                self.bucket.image,
+                count=found.count,
+                threshold=self.threshold,
+                semantics=transform.semantics,
             )
         return Found(found, encoding)
 

@@ -159,6 +159,13 @@ def resized_size(transform: GeneralizedRCNNTransform, size: tuple[int, int]) -> 
     return max(1, int(height * scale)), max(1, int(width * scale))
 
 
+def resized_bytes(transform: GeneralizedRCNNTransform, image: Tensor) -> Tensor:
+    """An image, uint8 [C, H, W], resized, if `transform` resizes bytes; else itself."""
+    if not isinstance(transform, BytesPreprocess):
+        return image
+    return transform.resize_bytes(image, transform.size_of((image.shape[-2], image.shape[-1])))
+
+
 def send(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A few numbers as a tensor on `device`, without waiting for what is queued there, as `torch.tensor` does."""
     return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)

@@ -69,7 +69,6 @@ def test_familiar_surface(network: MatterportNetwork, path: Path, tmp_path: Path
         theirs = network(image)
     model = matterport.MaskRCNN("inference", Small(), tmp_path, device="cpu")
     model.load_weights(path, by_name=True)
-    model.model.double()
     found = model.detect([image, image[:, ::-1].copy()])
     assert len(found) == 2
     result = found[0]
