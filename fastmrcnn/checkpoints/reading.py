@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fastmrcnn.checkpoints import detectron2, matterport, mmdetection, torchvision
+from fastmrcnn.checkpoints import detectron2, maskscoring_rcnn, matterport, mmdetection, torchvision
 from fastmrcnn.checkpoints.hdf5 import is_hdf5, load_layers
 from fastmrcnn.checkpoints.native import FORMAT, info_from
 from fastmrcnn.checkpoints.tensors import digest, existing, load_content, parse_json, state_of
@@ -22,12 +22,13 @@ SourceOption = Literal[
     "mmdetection_caffe",
     "mmdetection_pytorch",
     "matterport",
+    "maskscoring_rcnn",
 ]
 
 
 def is_foreign(names: Mapping[str, Any]) -> bool:
     """Whether tensors of these names are of a detector of another library, with other names than torchvision's."""
-    return detectron2.recognises(names) or mmdetection.recognises(names)
+    return any(library.recognises(names) for library in (detectron2, mmdetection, maskscoring_rcnn))
 
 
 def read_weights(path: str | os.PathLike[str], source: SourceOption = "auto") -> Weights:
@@ -67,6 +68,8 @@ def _recognised(content: Any, path: Path, source: str) -> Weights:
         style = source.partition("_")[2] or None
         about: Any = meta.get("meta")
         return mmdetection.convert(given, about if isinstance(about, Mapping) else {}, style)
+    if source == "maskscoring_rcnn" or (source == "auto" and maskscoring_rcnn.recognises(given)):
+        return maskscoring_rcnn.convert(given)
     if source == "torchvision" or (source == "auto" and torchvision.recognises(given)):
         return torchvision.convert(given, path.name, digest(path))
     found = f"tensors such as {some(list(given))}" if given else "no tensors with names"

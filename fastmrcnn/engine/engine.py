@@ -14,6 +14,7 @@ from fastmrcnn.engine.device import DeviceRunner
 from fastmrcnn.engine.host import HostRunner
 from fastmrcnn.engine.prepare import prepare
 from fastmrcnn.inference import MaskFormat, Result, device_of
+from fastmrcnn.models.maskrcnn_benchmark import CornerPreprocess
 from fastmrcnn.models.matterport import SquarePreprocess
 
 ImageSizes = Size | Sequence[Size]
@@ -144,8 +145,8 @@ def compile(
         RuntimeError: the model cannot be captured as a CUDA graph; the message names the part.
     """
     model = accelerate(model)
-    if isinstance(model.transform, SquarePreprocess):
-        raise ValueError("model: a network with matterport's conventions cannot be compiled; run it as it is")
+    if isinstance(model.transform, SquarePreprocess | CornerPreprocess):
+        raise ValueError("model: a network with its conventions of boxes cannot be compiled; run it as it is")
     device = device_of(model)
     if device.type not in DTYPES:
         raise ValueError(f"model: it is on {device.type!r}; move it to 'cpu' or 'cuda'")

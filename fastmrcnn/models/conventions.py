@@ -14,14 +14,14 @@ import torch
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from fastmrcnn.models import matterport
+from fastmrcnn.models import maskrcnn_benchmark, matterport
 from fastmrcnn.models.anchors import FixedStrideAnchors
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
 from fastmrcnn.models.preprocess import BytesPreprocess, Preprocess
 from fastmrcnn.models.resizing import resize_like_opencv, resize_like_pillow
 from fastmrcnn.ops import LevelRule, MultiScaleRoIAlign, Semantics
 
-Library = Literal["torchvision", "detectron2", "mmdetection", "matterport"]
+Library = Literal["torchvision", "detectron2", "mmdetection", "matterport", "maskrcnn_benchmark"]
 
 ABOVE_ZERO = torch.finfo(torch.float32).tiny
 """The shortest side of a box, where boxes need only not be empty."""
@@ -144,6 +144,36 @@ class Matterport(Conventions):
         matterport.apply(model)
 
 
+@dataclass(frozen=True)
+class MaskRCNNBenchmark(Conventions):
+    """See `fastmrcnn.models.maskrcnn_benchmark`."""
+
+    mean: Sequence[float] = maskrcnn_benchmark.MEAN
+    std: Sequence[float] = maskrcnn_benchmark.STD
+    sampling_ratio: int = 2
+    min_proposal: float = 0.0
+    min_detection: float = 0.0
+    smooth_l1_beta: float = 1 / 9
+    semantics: Semantics = "torchvision"
+    stride_in_1x1: bool = True
+    norm_eps: float = 0.0
+
+    def anchors(self, sizes: Sequence[Sequence[float]], strides: Sequence[int]) -> AnchorGenerator:
+        """Anchors of `sizes` per level, in pixels."""
+        return maskrcnn_benchmark.CornerAnchors(sizes, strides)
+
+    def pooler(self, maps: list[str], output_size: int) -> MultiScaleRoIAlign:
+        """RoIAlign of `output_size` bins each way."""
+        return maskrcnn_benchmark.CornerRoIAlign(maps, output_size, self.sampling_ratio)
+
+    def apply(self, model: GeneralizedRCNN, one_map: bool) -> None:
+        """Set what torchvision's detectors have no arguments for."""
+        if one_map or model.roi_heads.has_keypoint():
+            raise ValueError("conventions of maskrcnn_benchmark are those of Mask and Faster R-CNN with a pyramid")
+        super().apply(model, one_map)
+        maskrcnn_benchmark.apply(model)
+
+
 CONVENTIONS: dict[Library, Conventions] = {
     "torchvision": Conventions(
         fixed_strides=False,
@@ -159,5 +189,6 @@ CONVENTIONS: dict[Library, Conventions] = {
     ),
     "detectron2": Conventions(*CAFFE, resize_bytes=resize_like_pillow, level_rule="detectron2", stride_in_1x1=True),
     "matterport": Matterport(),
+    "maskrcnn_benchmark": MaskRCNNBenchmark(),
     "mmdetection": Conventions(resize_bytes=resize_like_opencv, level_rule="mmdetection", min_detection=0.0),
 }

@@ -23,7 +23,15 @@ from fastmrcnn.ops.masks import Semantics, heatmaps_to_keypoints, paste_masks, p
 from fastmrcnn.ops.matching import match_boxes
 from fastmrcnn.ops.proposals import decode_proposals, merge_levels, topk_anchors
 from fastmrcnn.ops.rle import RLE, Encoded, begin_encoding, decode, encode_bool, encode_masks, launch_encoding
-from fastmrcnn.ops.roi import LevelRule, MultiScaleRoIAlign, multilevel_roi_align, pool_like, roi_align, roi_pool
+from fastmrcnn.ops.roi import (
+    LevelRule,
+    MultiScaleRoIAlign,
+    levels_by,
+    multilevel_roi_align,
+    pool_like,
+    roi_align,
+    roi_pool,
+)
 from fastmrcnn.ops.suppression import batched_nms, nms, padded_nms, padded_soft_nms, soft_nms
 from fastmrcnn.ops.targets import mask_targets, pack_masks
 
@@ -47,6 +55,7 @@ __all__ = [
     "encode_masks",
     "heatmaps_to_keypoints",
     "launch_encoding",
+    "levels_by",
     "mask_boundary",
     "mask_iou",
     "mask_targets",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torchvision
@@ -18,7 +18,7 @@ from fastmrcnn_kernels.reference.roi_align import assign_levels
 
 Interpolation = Literal["bilinear", "bicubic"]
 Sampling = Literal["average", "corner"]
-LevelRule = Literal["torchvision", "detectron2", "mmdetection"]
+LevelRule = Literal["torchvision", "detectron2", "mmdetection", "maskrcnn_benchmark"]
 
 
 def _choose_sampler(
@@ -168,7 +168,7 @@ class MultiScaleRoIAlign(torchvision.ops.MultiScaleRoIAlign):
         featmap_names, output_size, sampling_ratio, canonical_scale, canonical_level: torchvision's.
         aligned: as in `roi_align`.
         level_rule: whose equation 1 of the FPN paper: torchvision's, with 1e-6 added to the logarithm, or that of
-            detectron2 or mmdetection, with 1e-8 and 1e-6 added to its argument.
+            detectron2, mmdetection or maskrcnn_benchmark, with 1e-8, 1e-6 and 1e-6 added to its argument.
     """
 
     def __init__(
@@ -247,11 +247,12 @@ def levels_by(
         return assign_levels(boxes, num_levels, finest_level, canonical_scale, canonical_level)
     extent = boxes[:, 2:] - boxes[:, :2]
     scale = torch.sqrt(extent[:, 0] * extent[:, 1])
-    if rule == "detectron2":
-        level = torch.floor(canonical_level + torch.log2(scale / canonical_scale + 1e-8)) - finest_level
+    if rule in ("detectron2", "maskrcnn_benchmark"):
+        least = 1e-8 if rule == "detectron2" else 1e-6
+        level = torch.floor(canonical_level + torch.log2(scale / canonical_scale + least)) - finest_level
     elif rule == "mmdetection":
         finest_scale = canonical_scale / 2 ** (canonical_level - finest_level)
         level = torch.floor(torch.log2(scale / finest_scale + 1e-6))
     else:
-        raise ValueError(f"level_rule={rule!r}: expected 'torchvision', 'detectron2' or 'mmdetection'")
+        raise ValueError(f"level_rule={rule!r}: expected one of {', '.join(get_args(LevelRule))}")
     return level.clamp(0, num_levels - 1).nan_to_num(0).to(torch.int64)

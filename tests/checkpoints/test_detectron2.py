@@ -188,5 +188,5 @@ def test_anchors_and_levels_by_hand() -> None:
     # As detectron2, in float32, whose logarithm of the float below 1 is not 0.
     rule = (4 + torch.log2(boxes[:, 2] / 224 + 1e-8)).floor().clamp(2, 5) - 2
     assert levels_by("detectron2", boxes, 4, 2, 224, 4).tolist() == rule.tolist()
-    with pytest.raises(ValueError, match="level_rule='fpn': expected 'torchvision', 'detectron2' or 'mmdetection'"):
+    with pytest.raises(ValueError, match="level_rule='fpn': expected one of torchvision, detectron2, mmd"):
         levels_by("fpn", boxes, 4, 2, 224, 4)  # type: ignore[arg-type]

@@ -58,8 +58,10 @@ def test_what_there_is_not(tmp_path: Path) -> None:
     with torch.device("meta"):
         square = build_model(ModelConfig("maskrcnn_resnet50_fpn", conventions="matterport"), 3)
         theirs = build_model(ModelConfig("maskrcnn_resnet50_fpn", conventions="detectron2"), 3)
-    with pytest.raises(ValueError, match="network with matterport's conventions cannot be compiled"):
-        fastmrcnn.compile(square, image_sizes=(64, 64))
+        corners = build_model(ModelConfig("maskrcnn_resnet50_fpn", conventions="maskrcnn_benchmark"), 3)
+    for model in (square, corners):
+        with pytest.raises(ValueError, match="a network with its conventions of boxes cannot be compiled"):
+            fastmrcnn.compile(model, image_sizes=(64, 64))
     with pytest.raises(ValueError, match="its conventions resize images as bytes, which exported programs do not"):
         export(theirs, tmp_path / "a.pt2", image_size=(64, 64))
     for method in (square.rpn.losses, square.roi_heads.losses):
