@@ -8,8 +8,10 @@ import json
 import os
 import pickle
 import struct
+import sys
 import threading
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from checkpoints.foreign_networks import Kind, detectron2_shapes
 
 import fastmrcnn
 from fastmrcnn.checkpoints import ModelInfo, load_model, load_weights, save_checkpoint
+from fastmrcnn.checkpoints.hdf5 import SIGNATURE
 from fastmrcnn.checkpoints.native import load_strictly, save_safetensors
 from fastmrcnn.checkpoints.reading import read_weights
 from fastmrcnn.cli import main
@@ -39,6 +42,16 @@ class Hostile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch {self.marker}",)
+
+
+class Rebuilt:
+    """What is read as the result of a call."""
+
+    def __init__(self, function: Any, arguments: tuple[Any, ...]) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +183,9 @@ def files(folder: Path) -> Iterator[tuple[str, Path]]:
     yield write("text.pth", b"not a checkpoint at all")
     yield write("empty.pth", b"")
     yield write("other.pth", pickle.dumps({"model": {"weight": np.zeros(3)}}))
+    claims = (torch.UntypedStorage(16), 0, (1 << 40,), (1,), False, OrderedDict())
+    torch.save({"model": {"a": Rebuilt(torch._utils._rebuild_tensor_v2, claims)}}, folder / "large.pth")
+    yield "large.pth", folder / "large.pth"
     with zipfile.ZipFile(folder / "path.pth", "w") as archive:
         archive.writestr("../../escaped/data.pkl", pickle.dumps(hostile))
         archive.writestr("../../escaped/version", "3")
@@ -179,7 +195,7 @@ def files(folder: Path) -> Iterator[tuple[str, Path]]:
     yield "whole.pth", folder / "whole.pth"
 
 
-@pytest.mark.parametrize("position", range(15))
+@pytest.mark.parametrize("position", range(16))
 def test_hostile_and_damaged_files(position: int, tmp_path: Path) -> None:
     name, path = list(files(tmp_path))[position]
     before = sorted(tmp_path.parent.rglob("*"))
@@ -189,7 +205,18 @@ def test_hostile_and_damaged_files(position: int, tmp_path: Path) -> None:
 
 
 def test_all_files_are_tried(tmp_path: Path) -> None:
-    assert len(list(files(tmp_path))) == 15
+    assert len(list(files(tmp_path))) == 16
+
+
+def test_packages_that_are_not_there(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.h5").write_bytes(SIGNATURE)
+    for name, path in (("safetensors", converted), ("h5py", tmp_path / "a.h5")):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ValueError, match=rf"install {name}: pip install 'fastmrcnn\[convert\]'"):
+            fastmrcnn.load(path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match=r"to write safetensors install them: pip install 'fastmrcnn\[convert\]'"):
+        save_safetensors(tmp_path / "b.safetensors", {}, INFO)
 
 
 def test_metadata_that_are_not_ours(model: fastmrcnn.MaskRCNN, tmp_path: Path) -> None:
