@@ -133,8 +133,8 @@ class TrainConfig:
         batch_size: images per process and batch.
         precision: of the network's arithmetic (automatic mixed precision); weights are float32.
         capture: run steps as CUDA graphs, one for each size of batches; on a GPU, in one process.
-        init: file whose weights training starts from, of any library that fastmrcnn.load reads; layers of other shapes, such as those for other classes,
-            start anew, and are named.
+        init: file whose weights training starts from, of any library that fastmrcnn.load reads; layers of other shapes,
+            such as those for other classes, start anew, and are named.
         evaluate_every: epochs between evaluations; the last epoch always is evaluated.
         max_detections: detections per image that count in evaluation; by default COCO's 100.
         patience: evaluations without a better average precision after which training ends; by default it does not.
