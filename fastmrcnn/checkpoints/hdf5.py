@@ -33,6 +33,7 @@ def load_layers(path: Path) -> Layers:
         raise ValueError(f"checkpoint: to read {path} install h5py: pip install 'fastmrcnn[convert]'") from error
     layers: Layers = {}
     room = path.stat().st_size
+    seen: set[int] = set()
 
     def walk(group: Any, parent: str) -> None:
         nonlocal room
@@ -41,6 +42,10 @@ def load_layers(path: Path) -> Layers:
                 raise ValueError(f"{group.name}/{name} is a link out of its group, which is not followed")
             item = group[name]
             if isinstance(item, h5py.Group):
+                place = h5py.h5o.get_info(item.id).addr
+                if place in seen:
+                    raise ValueError(f"{item.name} is a group that is there under another name, too")
+                seen.add(place)
                 if name != "optimizer_weights":
                     walk(item, name)
                 continue

@@ -218,6 +218,7 @@ def test_hostile_files(tmp_path: Path) -> None:
         (lambda group: group.create_virtual_dataset("kernel:0", layout), "numbers in another file"),
         (lambda group: group.create_dataset("kernel:0", (1 << 20, 1 << 10), "f4"), "claims 4294967296 bytes"),
         (lambda group: group.create_dataset("kernel:0", data=np.array([b"text"])), "expected numbers"),
+        (lambda group: group.create_group("a").__setitem__("b", group), "there under another name, too"),
     ]
     for i, (make, message) in enumerate(cases):
         with pytest.raises(ValueError, match=rf"^checkpoint: .*{i}\.h5: .*{message}"):
