@@ -24,6 +24,8 @@ State = dict[str, Tensor]
 
 BLOCKS = {"50": (3, 4, 6, 3), "101": (3, 4, 23, 3)}
 SIZES = (32, 64, 128, 256, 512)
+DETECTIONS = 30
+"""At most so many per image, and twice as many proposals, since float64 takes its time."""
 
 
 @dataclass
@@ -234,13 +236,14 @@ class Network:
         level: Callable[[Tensor], Tensor],
         shorter: int,
         longer: int,
-        most: int = 100,
+        most: int = 2 * DETECTIONS,
     ) -> None:
         self.state = {names(name): value.double() for name, value in state.items()}
         self.theirs = {names(name): name for name in state}
         self.kind = kind
         self.stride_in_1x1, self.mean, self.std, self.resize, self.level = stride_in_1x1, mean, std, resize, level
         self.shorter, self.longer, self.most = shorter, longer, most
+        self.seen: tuple[Any, list[Tensor], Tensor, Tensor] | None = None
         self.bottom = "backbone.bottom_up." if kind.neck == "fpn" else "backbone."
 
     def conv(self, name: str, x: Tensor, **options: Any) -> Tensor:
@@ -350,25 +353,36 @@ class Network:
         x = self.upsampled("roi_heads.mask_head.deconv", x, stride=2).relu()
         return self.conv("roi_heads.mask_head.predictor", x)
 
-    def batch(self, image: Any) -> tuple[Tensor, tuple[int, int]]:
-        """The image as the layers see it, and its size without padding."""
-        before = image.shape[:2]
+    def size(self, before: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) that an image is resized to."""
         scale = self.shorter / min(before)
         sides = [scale * side for side in before]
         if max(sides) > self.longer:
             sides = [side * self.longer / max(sides) for side in sides]
         height, width = (int(side + 0.5) for side in sides)
+        return height, width
+
+    def batch(self, image: Any) -> tuple[Tensor, tuple[int, int]]:
+        """The image as the layers see it, and its size without padding."""
+        height, width = self.size(image.shape[:2])
         pixels = torch.from_numpy(self.resize(image, (width, height)).astype(np.float64))
         x = (pixels - torch.tensor(self.mean, dtype=pixels.dtype)) / torch.tensor(self.std, dtype=pixels.dtype)
         multiple = 32 if self.kind.neck == "fpn" else 1
         return functional.pad(x.permute(2, 0, 1), (0, -width % multiple, 0, -height % multiple))[None], (height, width)
 
+    def regions(self, image: Any) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Feature maps, proposals, and what the last layers of the box head see; kept for one image."""
+        if self.seen is None or self.seen[0] is not image:
+            x, size = self.batch(image)
+            maps = self.maps(x)
+            proposals = self.proposals(maps, size)
+            self.seen = image, maps, proposals, self.box_features(maps, proposals)
+        return self.seen[1:]
+
     @torch.inference_mode()
     def calibrate(self, image: Any) -> None:
         """Change the last layers so that RoIs of this image differ, in class and box, as those of a trained network."""
-        x, size = self.batch(image)
-        maps = self.maps(x)
-        features = self.box_features(maps, self.proposals(maps, size))
+        features = self.regions(image)[2]
         for name, spread in (("cls_score", 3.0), ("bbox_pred", 0.5)):
             layer = f"roi_heads.box_predictor.{name}"
             values = self.linear(layer, features)
@@ -390,10 +404,8 @@ class Network:
     def __call__(self, image: Any) -> Found:
         """Detections in a uint8 image [H, W, 3], in the network's order of channels."""
         before = image.shape[:2]
-        x, (height, width) = self.batch(image)
-        maps = self.maps(x)
-        proposals = self.proposals(maps, (height, width))
-        features = self.box_features(maps, proposals)
+        height, width = self.size(before)
+        maps, proposals, features = self.regions(image)
         scores = self.linear("roi_heads.box_predictor.cls_score", features).softmax(dim=1)[:, :-1]
         deltas = self.linear("roi_heads.box_predictor.bbox_pred", features).view(len(proposals), -1, 4)
         centers, extents = (proposals[:, :2] + proposals[:, 2:]) / 2, proposals[:, 2:] - proposals[:, :2]
@@ -401,7 +413,7 @@ class Network:
         boxes = clip(boxes.reshape(-1, 4), (height, width)).view(boxes.shape)
         chosen = (scores > 0.05).nonzero()
         boxes, scores, classes = boxes[chosen[:, 0], chosen[:, 1]], scores[chosen[:, 0], chosen[:, 1]], chosen[:, 1]
-        kept = torchvision.ops.batched_nms(boxes, scores, classes, 0.5)[:100]
+        kept = torchvision.ops.batched_nms(boxes, scores, classes, 0.5)[:DETECTIONS]
         boxes, scores, classes = boxes[kept], scores[kept], classes[kept]
         found = Found(boxes * torch.tensor([before[1] / width, before[0] / height]).repeat(2), scores, classes)
         if self.kind.mask:
@@ -691,10 +703,8 @@ class BenchmarkNetwork(Network):
 
     @torch.inference_mode()
     def __call__(self, image: Any) -> Found:
-        x, size = self.batch(image)
-        maps = self.maps(x)
-        proposals = self.proposals(maps, size)
-        features = self.box_features(maps, proposals)
+        size = self.size(image.shape[:2])
+        maps, proposals, features = self.regions(image)
         scores = self.linear("roi_heads.box_predictor.cls_score", features).softmax(dim=1)
         deltas = self.linear("roi_heads.box_predictor.bbox_pred", features).view(len(proposals), -1, 4)
         boxes = corner_decode(deltas, proposals[:, None].expand(deltas.shape), (10, 10, 5, 5))
@@ -702,7 +712,7 @@ class BenchmarkNetwork(Network):
         scores[:, 0] = 0
         chosen = (scores > 0.05).nonzero()
         boxes, scores, classes = boxes[chosen[:, 0], chosen[:, 1]], scores[chosen[:, 0], chosen[:, 1]], chosen[:, 1]
-        kept = torchvision.ops.batched_nms(boxes + torch.tensor([0, 0, 1, 1]), scores, classes, 0.5)[:100]
+        kept = torchvision.ops.batched_nms(boxes + torch.tensor([0, 0, 1, 1]), scores, classes, 0.5)[:DETECTIONS]
         boxes, scores, classes = boxes[kept], scores[kept], classes[kept]
         logits = self.mask_logits(maps, boxes)[torch.arange(len(boxes)), classes]
         iou = self.mask_iou(self.pooled(maps, boxes, 14), logits)[torch.arange(len(boxes)), classes]

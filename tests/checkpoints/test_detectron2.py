@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints.comparing import LONGER, SHORTER, as_input, assert_same, photo
+from checkpoints.comparing import FEW, LONGER, SHORTER, as_input, assert_same, photo
 from checkpoints.foreign_networks import Kind, detectron2_network, detectron2_shapes, random_state
 from torch import Tensor
 
@@ -49,7 +49,7 @@ def test_detections(name: str, tmp_path: Path) -> None:
     network.calibrate(image[:, :, ::-1].copy())
     theirs = network(image[:, :, ::-1].copy())
     path = write_pkl(tmp_path / "model_final.pkl", network.saved())
-    model = fastmrcnn.load(path, min_size=SHORTER, max_size=LONGER, proposals=100).double()
+    model = fastmrcnn.load(path, **FEW).double()
     with torch.inference_mode():
         assert_same(model([as_input(image)])[0], theirs)
 

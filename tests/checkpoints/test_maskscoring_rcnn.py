@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints.comparing import LONGER, SHORTER, as_input, assert_same, photo
+from checkpoints.comparing import FEW, LONGER, SHORTER, as_input, assert_same, photo
 from checkpoints.foreign_networks import BenchmarkNetwork, benchmark_shapes, corner_anchors, random_state
 
 import fastmrcnn
@@ -24,7 +24,7 @@ def test_detections(tmp_path: Path) -> None:
     theirs = network(seen)
     state = {f"module.{name}": value for name, value in (network.saved() | ANCHORS).items()}
     torch.save({"model": state, "iteration": 90000}, tmp_path / "model_0090000.pth")
-    model = fastmrcnn.load(tmp_path / "model_0090000.pth", min_size=SHORTER, max_size=LONGER, proposals=100).double()
+    model = fastmrcnn.load(tmp_path / "model_0090000.pth", **FEW).double()
     assert model.info.config.name == "maskrcnn_resnet50_fpn"
     assert model.info.config.mask_iou
     with torch.inference_mode():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints.comparing import LONGER, SHORTER, as_input, assert_same, photo
+from checkpoints.comparing import FEW, LONGER, SHORTER, as_input, assert_same, photo
 from checkpoints.foreign_networks import Kind, mmdetection_network, mmdetection_shapes, random_state
 
 import fastmrcnn
@@ -51,7 +51,7 @@ def test_detections(style: str, tmp_path: Path) -> None:
     network.calibrate(seen)
     theirs = network(seen)
     path = save(tmp_path / "epoch_12.pth", network.saved(), {"config": CAFFE} if caffe else {"cfg": PYTORCH})
-    model = fastmrcnn.load(path, min_size=SHORTER, max_size=LONGER, proposals=100).double()
+    model = fastmrcnn.load(path, **FEW).double()
     with torch.inference_mode():
         assert_same(model([as_input(image)])[0], theirs)
 

@@ -209,14 +209,14 @@ def test_learns_how_good_masks_are() -> None:
     images, targets = zip(*(data[i] for i in range(2)), strict=True)
     optimizer = torch.optim.Adam(head.parameters(), 1e-3)
     values = []
-    for _ in range(30):
+    for _ in range(20):
         torch.manual_seed(1)  # the same samples
         loss = network(list(images), [dict(target) for target in targets])["loss_mask_iou"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         values.append(loss.item())
-    assert values[-1] < 0.1 * values[0]
+    assert values[-1] < 0.2 * values[0]
 
 
 def test_option_of_the_command_line() -> None:
