@@ -17,7 +17,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from fastmrcnn.models import maskrcnn_benchmark, matterport
 from fastmrcnn.models.anchors import FixedStrideAnchors
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
-from fastmrcnn.models.preprocess import BytesPreprocess, Preprocess
+from fastmrcnn.models.preprocess import BytesPreprocess, Preprocess, options_of
 from fastmrcnn.models.resizing import resize_like_opencv, resize_like_pillow
 from fastmrcnn.ops import LevelRule, MultiScaleRoIAlign, Semantics
 
@@ -97,14 +97,7 @@ class Conventions:
         heads = model.roi_heads
         heads.min_size, heads.keypoint_scores = self.min_detection, self.keypoint_scores
         model.rpn.smooth_l1_beta = heads.smooth_l1_beta = self.smooth_l1_beta
-        before = model.transform
-        options = {
-            "min_size": before.min_size,
-            "max_size": before.max_size,
-            "image_mean": before.image_mean,
-            "image_std": before.image_std,
-            "size_divisible": 1 if one_map else 32,
-        }
+        options = options_of(model.transform) | {"size_divisible": 1 if one_map else 32}
         if self.resize_bytes is not None:
             model.transform = BytesPreprocess(self.resize_bytes, **options)
         else:

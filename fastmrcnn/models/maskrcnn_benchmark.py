@@ -21,7 +21,7 @@ from fastmrcnn import ops
 from fastmrcnn.batches import DetectionBatch, ImageBatch
 from fastmrcnn.models.anchors import FixedStrideAnchors
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
-from fastmrcnn.models.preprocess import BytesPreprocess, send
+from fastmrcnn.models.preprocess import BytesPreprocess, options_of, send
 from fastmrcnn.models.resizing import resize_like_pillow
 from fastmrcnn.models.roi_heads import Features
 
@@ -86,11 +86,4 @@ class CornerPreprocess(BytesPreprocess):
 
 def apply(model: GeneralizedRCNN) -> None:
     """Make a detector of a pyramid, as `architectures.build` makes it, one with these conventions."""
-    before: Any = model.transform
-    model.transform = CornerPreprocess(
-        min_size=before.min_size,
-        max_size=before.max_size,
-        image_mean=before.image_mean,
-        image_std=before.image_std,
-        size_divisible=32,
-    )
+    model.transform = CornerPreprocess(**options_of(model.transform), size_divisible=32)

@@ -23,7 +23,7 @@ from fastmrcnn import ops
 from fastmrcnn.batches import DetectionBatch, ImageBatch, ProposalBatch, TargetBatch, trim
 from fastmrcnn.models.anchors import FixedStrideAnchors
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
-from fastmrcnn.models.preprocess import BytesPreprocess, send
+from fastmrcnn.models.preprocess import BytesPreprocess, options_of, send
 from fastmrcnn.models.roi_heads import Features, RoIHeads
 from fastmrcnn.models.rpn import RegionProposalNetwork
 from fastmrcnn.models.sampling import gather
@@ -114,8 +114,8 @@ class SquarePreprocess(BytesPreprocess):
         resized, original = (send(x, torch.int64, boxes.device) for x in (sizes, original_sizes))
         origin = (self.max_size - resized) // 2
         scale = (original - 1).to(boxes.dtype) / (resized - 1).clamp(min=1).to(boxes.dtype)
-        xyxy = origin.flip(1).repeat(1, 2)[:, None], scale.flip(1).repeat(1, 2)[:, None]
-        boxes = (boxes - xyxy[0]) * xyxy[1]
+        origin, scale = (x.flip(1).repeat(1, 2)[:, None] for x in (origin, scale))  # x before y, of both corners
+        boxes = (boxes - origin) * scale
         boxes = torch.cat((boxes[..., :2], boxes[..., 2:] + 1), dim=-1).round()
         extent = boxes[..., 2:] - boxes[..., :2]
         kept = detections.valid & (extent[..., 0] * extent[..., 1] > 0)
@@ -158,7 +158,7 @@ class SquareRPN(RegionProposalNetwork):
     def losses(
         self, images: ImageBatch, logits: Sequence[Tensor], deltas: Sequence[Tensor], targets: TargetBatch
     ) -> dict[str, Tensor]:
-        """None."""
+        """Not there: raises NotImplementedError."""
         raise NotImplementedError(ONLY_INFERENCE)
 
 
@@ -171,9 +171,7 @@ class SquareRoIHeads(RoIHeads):
         # As if each RoI had two classes, its best and the background: their scores stay as they are.
         alone = torch.full_like(logits, -torch.inf)
         alone[..., 0] = torch.log1p(-scores)
-        alone = alone.scatter(-1, labels[..., None], scores.log()[..., None])
-        alone = torch.where((labels == 0)[..., None], torch.full_like(alone, -torch.inf), alone)
-        alone[..., 0] = torch.where(labels == 0, 0, alone[..., 0])
+        alone.scatter_(-1, labels[..., None], torch.where(labels > 0, scores.log(), 0)[..., None])
         origin = ((_square(images) - images.sizes) // 2).flip(1).repeat(1, 2)[:, None]
         moved = replace(proposals, boxes=proposals.boxes - origin)
         inside = replace(images, sizes=images.sizes - 1)
@@ -183,7 +181,7 @@ class SquareRoIHeads(RoIHeads):
     def losses(
         self, features: Features, proposals: ProposalBatch, images: ImageBatch, targets: TargetBatch
     ) -> dict[str, Tensor]:
-        """None."""
+        """Not there: raises NotImplementedError."""
         raise NotImplementedError(ONLY_INFERENCE)
 
 
@@ -216,31 +214,15 @@ def anchors(sizes: Sequence[Sequence[float]], strides: Sequence[int]) -> FixedSt
 
 def apply(model: GeneralizedRCNN) -> None:
     """Make a detector of a pyramid, as `architectures.build` makes it, one with matterport's conventions."""
-    before: Any = model.transform
-    model.transform = SquarePreprocess(
-        min_size=before.min_size,
-        max_size=before.max_size,
-        image_mean=before.image_mean,
-        image_std=before.image_std,
-        size_divisible=64,
-    )
+    model.transform = SquarePreprocess(**options_of(model.transform), size_divisible=64)
     model.rpn = _as(SquareRPN, model.rpn)
     model.roi_heads = _as(SquareRoIHeads, model.roi_heads)
-    body: Any = model.backbone.body
+    backbone: Any = model.backbone
     # Keras pads the right and lower border only, where a stride of 2 has an even side before it.
-    body.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True)
-    head: Any = model.rpn.head
-    per_cell = head.cls_logits.out_channels
-    model.rpn.head = RPNHead(HIDDEN, per_cell)
-    model.rpn.head.conv = nn.Sequential(
-        Conv2dNormActivation(body_channels(model), HIDDEN, kernel_size=3, norm_layer=None)
-    )
-
-
-def body_channels(model: GeneralizedRCNN) -> int:
-    """Of the maps of a pyramid."""
-    channels: Any = model.backbone.out_channels
-    return int(channels)
+    backbone.body.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True)
+    head = RPNHead(HIDDEN, model.rpn.anchor_generator.num_anchors_per_location()[0])
+    head.conv = nn.Sequential(Conv2dNormActivation(backbone.out_channels, HIDDEN, kernel_size=3, norm_layer=None))
+    model.rpn.head = head
 
 
 def _as(ours: type[Any], module: nn.Module) -> Any:

@@ -148,6 +148,11 @@ class BytesPreprocess(Preprocess):
         return int(height + 0.5), int(width + 0.5)
 
 
+def options_of(transform: GeneralizedRCNNTransform) -> dict[str, Any]:
+    """What a transform of the same sizes and normalisation is made with."""
+    return {name: getattr(transform, name) for name in ("min_size", "max_size", "image_mean", "image_std")}
+
+
 def resized_size(transform: GeneralizedRCNNTransform, size: tuple[int, int]) -> tuple[int, int]:
     """What `transform`, ours or torchvision's, resizes an image of `size` to in evaluation: both (height, width)."""
     if isinstance(transform, BytesPreprocess):

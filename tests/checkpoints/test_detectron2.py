@@ -16,7 +16,8 @@ from checkpoints.comparing import FEW, LONGER, SHORTER, as_input, assert_same, p
 from checkpoints.foreign_networks import Kind, detectron2_network, detectron2_shapes, random_state
 from torch import Tensor
 
-import fastmrcnn
+from fastmrcnn.checkpoints import detectron2
+from fastmrcnn.checkpoints.loading import model_of
 from fastmrcnn.checkpoints.reading import read_weights
 from fastmrcnn.models.anchors import FixedStrideAnchors
 from fastmrcnn.models.config import ModelConfig, build_model
@@ -46,10 +47,15 @@ def test_detections(name: str, tmp_path: Path) -> None:
     state = random_state(detectron2_shapes(kind), of_bytes=kind.groups == 1)
     image = photo()
     network = detectron2_network(state, kind, SHORTER, LONGER)
-    network.calibrate(image[:, :, ::-1].copy())
-    theirs = network(image[:, :, ::-1].copy())
+    seen = image[:, :, ::-1].copy()
+    network.calibrate(seen)
+    theirs = network(seen)
     path = write_pkl(tmp_path / "model_final.pkl", network.saved())
-    model = fastmrcnn.load(path, **FEW).double()
+    weights = read_weights(path)
+    back, saved = detectron2.export(weights), network.saved()
+    assert back.keys() == saved.keys()
+    assert all(torch.equal(back[key], saved[key]) for key in saved)
+    model = model_of(weights, options=FEW).eval().double()
     with torch.inference_mode():
         assert_same(model([as_input(image)])[0], theirs)
 
