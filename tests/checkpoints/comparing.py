@@ -14,7 +14,7 @@ FEW = {"min_size": SHORTER, "max_size": LONGER, "proposals": 2 * DETECTIONS, "de
 """Options of a model that is compared with one of `foreign_networks`."""
 
 
-def photo(height: int = 150, width: int = 210) -> Any:
+def photo(height: int = 150, width: int = 180) -> Any:
     """Rectangles and noise, uint8 [H, W, 3] RGB."""
     generator = np.random.default_rng(0)
     image = generator.integers(0, 60, (height, width, 3))
