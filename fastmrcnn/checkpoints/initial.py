@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmrcnn.checkpoints import torchvision
-from fastmrcnn.checkpoints.reading import is_foreign, read_weights
+from fastmrcnn.checkpoints.reading import read_weights, says_what_it_is
 from fastmrcnn.checkpoints.tensors import load_content, state_of
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
 from fastmrcnn.models.surgery import first_convolution, spread
@@ -60,8 +60,7 @@ def load_weights(model: GeneralizedRCNN, path: str | os.PathLike[str]) -> Loaded
         FileNotFoundError: there is no such file.
         ValueError: the file holds something else, or nothing that fits the model, which then is as it was.
     """
-    content = load_content(path)
-    if is_foreign(state_of(content)):
+    if says_what_it_is(path):
         weights = read_weights(path)
         theirs, info = weights.info.config.conventions, model.info
         if info is not None and info.config.conventions != theirs:
@@ -72,6 +71,7 @@ def load_weights(model: GeneralizedRCNN, path: str | os.PathLike[str]) -> Loaded
                 stacklevel=2,
             )
         return take_over(model, weights.state, path)
+    content = load_content(path)
     state = state_of(content)
     if content and not state:
         raise ValueError(f"init: {path} is neither a checkpoint of fastmrcnn nor a state_dict, names with tensors")

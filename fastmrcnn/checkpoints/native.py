@@ -67,7 +67,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def info_from(stored: dict[str, Any]) -> ModelInfo:
+def info_from(stored: Any) -> ModelInfo:
     """What `asdict` made of a `ModelInfo`, also in another version of this library.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from fastmrcnn.checkpoints import detectron2, maskscoring_rcnn, matterport, mmdetection, torchvision
 from fastmrcnn.checkpoints.hdf5 import is_hdf5, load_layers
-from fastmrcnn.checkpoints.native import FORMAT, info_from
+from fastmrcnn.checkpoints.native import FORMAT, ModelInfo, info_from
 from fastmrcnn.checkpoints.tensors import digest, existing, load_content, parse_json, state_of
 from fastmrcnn.checkpoints.weights import Weights, some
 
@@ -26,8 +26,14 @@ SourceOption = Literal[
 ]
 
 
-def is_foreign(names: Mapping[str, Any]) -> bool:
-    """Whether tensors of these names are of a detector of another library, with other names than torchvision's."""
+def says_what_it_is(path: str | os.PathLike[str]) -> bool:
+    """Whether a file tells the conventions of its network: all but a `state_dict` of torchvision's names."""
+    if is_hdf5(path := existing(path)):
+        return True
+    content = load_content(path)
+    names = state_of(content)
+    if _own_info(content, path) is not None:
+        return True
     return any(library.recognises(names) for library in (detectron2, mmdetection, maskscoring_rcnn))
 
 
@@ -56,12 +62,9 @@ def read_weights(path: str | os.PathLike[str], source: SourceOption = "auto") ->
 
 def _recognised(content: Any, path: Path, source: str) -> Weights:
     meta = content if isinstance(content, Mapping) else {}
-    if source in ("auto", "fastmrcnn"):
-        if meta.get("format") == FORMAT:
-            return Weights("fastmrcnn", info_from(meta["info"]), state_of(content))
-        if (metadata := meta.get("metadata", {})) and metadata.get("format") == FORMAT:
-            return Weights("fastmrcnn", info_from(parse_json(metadata.get("info", ""), path)), state_of(content))
     given = state_of(content)
+    if source in ("auto", "fastmrcnn") and (info := _own_info(content, path)) is not None:
+        return Weights("fastmrcnn", info, given)
     if source == "detectron2" or (source == "auto" and detectron2.recognises(given)):
         return detectron2.convert(given)
     if source.startswith("mmdetection") or (source == "auto" and mmdetection.recognises(given)):
@@ -74,3 +77,15 @@ def _recognised(content: Any, path: Path, source: str) -> Weights:
         return torchvision.convert(given, path.name, digest(path))
     found = f"tensors such as {some(list(given))}" if given else "no tensors with names"
     raise ValueError(f"it holds {found}, not those of a detector that this library has")
+
+
+def _own_info(content: Any, path: Path) -> ModelInfo | None:
+    """What a file of this library's says of its model; None for another's."""
+    if not isinstance(content, Mapping):
+        return None
+    if content.get("format") == FORMAT:
+        return info_from(content.get("info"))
+    metadata = content.get("metadata")
+    if isinstance(metadata, Mapping) and metadata.get("format") == FORMAT:
+        return info_from(parse_json(str(metadata.get("info")), path))
+    return None

@@ -14,7 +14,9 @@ from checkpoints.matterport_network import MatterportNetwork, matterport_shapes,
 
 import fastmrcnn
 from fastmrcnn import matterport
+from fastmrcnn.checkpoints import ModelInfo, load_weights
 from fastmrcnn.checkpoints.reading import read_weights
+from fastmrcnn.models.config import ModelConfig, build_model
 from fastmrcnn.models.matterport import anchors
 
 LEAST, MOST = 128, 192
@@ -152,6 +154,18 @@ def test_other_classes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_settings_that_there_are_not(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         matterport.MaskRCNN("inference", type("Own", (Small,), changes)())
+
+
+def test_weights_to_start_from(network: MatterportNetwork, path: Path) -> None:
+    """Of other conventions, which is said; all but the head of its RPN fit."""
+    config = ModelConfig("maskrcnn_resnet50_fpn", norm="frozen")
+    model = build_model(config, 81)
+    model.info = ModelInfo(config)
+    with pytest.warns(UserWarning, match="conventions of matterport; this one has those of torchvision"):
+        report = load_weights(model, path)
+    assert set(report.anew) == {f"rpn.head.{layer}" for layer in ("conv.0.0", "cls_logits", "bbox_pred")}
+    kernel = torch.from_numpy(network.saved()["conv1"]["kernel"]).permute(3, 2, 0, 1)
+    assert torch.equal(model.state_dict()["backbone.body.conv1.weight"], kernel)
 
 
 def test_training_is_elsewhere() -> None:
