@@ -6,14 +6,15 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fastmrcnn.checkpoints.tensors import load_tensors
 from fastmrcnn.files import write_atomically
-from fastmrcnn.models.config import ModelConfig
+from fastmrcnn.models.config import ModelConfig, ModelName
+from fastmrcnn.models.conventions import Library
 
 FORMAT = "fastmrcnn-1"
 
@@ -76,6 +77,9 @@ def info_from(stored: Any) -> ModelInfo:
     try:
         known = {f.name for f in fields(ModelConfig)}
         config = ModelConfig(**{k: v for k, v in stored["config"].items() if k in known})
+        for value, choices in ((config.name, get_args(ModelName)), (config.conventions, get_args(Library))):
+            if value not in choices:
+                raise ValueError(f"it is of a {value!r}, which this version does not have")
         return ModelInfo(config, stored["class_names"], stored["category_ids"], stored["num_keypoints"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it says nothing of its model that this version understands ({error!r})") from error

@@ -13,6 +13,7 @@ import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,9 @@ def test_packages_that_are_not_there(converted: Path, tmp_path: Path, monkeypatc
 def test_metadata_that_are_not_ours(model: fastmrcnn.MaskRCNN, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    for i, metadata in enumerate(({"format": "fastmrcnn-1", "info": "{"}, {"format": "fastmrcnn-1", "info": "{}"})):
+    other = asdict(ModelInfo(ModelConfig("functools"), ["cell"], [1]))  # type: ignore[arg-type]
+    for i, text in enumerate(("{", "{}", "[]", json.dumps(other))):
+        metadata = {"format": "fastmrcnn-1", "info": text}
         save_file({"a": torch.zeros(2)}, tmp_path / f"{i}.safetensors", metadata)
         with pytest.raises(ValueError, match=r"^checkpoint: .*\.safetensors"):
             fastmrcnn.load(tmp_path / f"{i}.safetensors")
