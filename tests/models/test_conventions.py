@@ -65,6 +65,25 @@ def test_training_steps() -> None:
         assert anchors.shape[:2] == (1, 3 * sum(_cells(level) for level in range(5)))
 
 
+def test_training_step_of_a_shared_stage() -> None:
+    """Boxes and masks of a C4 learn in the same stage 5, whose weights are saved twice and are one."""
+    torch.manual_seed(0)
+    few = {"min_size": 64, "max_size": 96, "proposals": 20, "box_samples": 8}
+    config = ModelConfig("maskrcnn_resnet50_c4", conventions="detectron2", **few)  # type: ignore[arg-type]
+    model = build_model(config, 3).train()
+    masks = torch.zeros(1, 64, 80, dtype=torch.uint8)
+    masks[0, 6:50, 5:40] = 1
+    target = {"boxes": torch.tensor([[5.0, 6.0, 40.0, 50.0]]), "labels": torch.tensor([1]), "masks": masks}
+    losses: Any = model([torch.rand(3, 64, 80)], [target])
+    weight = model.roi_heads.box_head.layer4[0].conv1.weight
+    assert weight is model.roi_heads.mask_head[0].conv1.weight
+    of_boxes, of_masks = (
+        torch.autograd.grad(losses[name], weight, retain_graph=True)[0] for name in ("loss_classifier", "loss_mask")
+    )
+    assert of_boxes.abs().max() > 0
+    assert of_masks.abs().max() > 0
+
+
 def _seen(model: Any) -> tuple[Any, Any]:
     batch, _, _ = model.transform.batch([torch.rand(3, 64, 96)], None)
     return batch, list(model.features(batch).values())
