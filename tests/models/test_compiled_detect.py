@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from detections import as_dict, assert_same_detections
-from detectors import KINDS, pair
+from detectors import pair
 from strategies import DEVICE
 from tiny import tiny
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ def fresh() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=[kind for kind in KINDS if not kind.endswith("v2")])  # it has other layers only
+@pytest.fixture(scope="module", params=["maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"])  # all parts
 def case(request: pytest.FixtureRequest) -> Case:
     with torch.no_grad():
         return case_of(detector(request.param), *SIZES)

@@ -21,6 +21,8 @@ def assert_same_form(theirs: list[dict[str, Tensor]], ours: list[dict[str, Tenso
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_detections(builder: str, photos: list[Tensor]) -> None:
     """In float64 all are equal; in float32 nearly all, since rounding may flip a decision."""
+    if builder not in KINDS:  # of parts that the others have, too
+        photos = photos[:1]
     theirs, ours = pair(builder, photos, **FEW)
     with torch.inference_mode():
         expected, found = theirs(photos), ours(photos)
