@@ -247,7 +247,7 @@ def display_instances(
     }
     if scores is not None:
         result["scores"] = torch.as_tensor(scores)
-    pixels = torch.as_tensor(np.ascontiguousarray(image)).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     picture = draw(pixels, result, class_names=list(class_names)[1:], score_threshold=0.0)
     if ax is None:
         try:
@@ -301,7 +301,7 @@ def _as_input(image: Any, number: int) -> Tensor:
         raise TypeError(f"images[{number}]: expected a uint8 array [H, W, 3], got {what}")
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"images[{number}]: expected [H, W, 3], got {list(image.shape)}")
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def _full_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -71,7 +71,8 @@ def test_familiar_surface(network: MatterportNetwork, path: Path, tmp_path: Path
         theirs = network(image)
     model = matterport.MaskRCNN("inference", Small(), tmp_path, device="cpu")
     model.load_weights(path, by_name=True)
-    found = model.detect([image, image[:, ::-1].copy()])
+    image.flags.writeable = False  # as arrays of Pillow are
+    found = model.detect([image, image[:, ::-1]])
     assert len(found) == 2
     result = found[0]
     assert {name: (value.dtype, value.ndim) for name, value in result.items()} == {
