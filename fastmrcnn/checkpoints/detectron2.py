@@ -6,7 +6,7 @@ The sources of the names are detectron2's `modeling` and `checkpoint/c2_model_lo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ from fastmrcnn.checkpoints.weights import (
     resnet_of,
     translated,
 )
-from fastmrcnn.models.architectures import Architecture
+from fastmrcnn.models.anchors import FixedStrideAnchors
+from fastmrcnn.models.architectures import STRIDES, Architecture
 from fastmrcnn.models.config import ModelConfig
+from fastmrcnn.models.conventions import RATIOS
 
 EPS = 1e-5
 """Of norms."""
@@ -119,7 +121,7 @@ def convert(given: dict[str, Tensor]) -> Weights:
             setattr(config, its, [x / 255 for x in given[key].flatten().tolist()[::-1]])
     cells = sorted(name for name in given if name.startswith("proposal_generator.anchor_generator.cell_anchors."))
     if cells:
-        config.anchor_sizes = _anchor_sizes([given[name] for name in cells])
+        config.anchor_sizes = _anchor_sizes([given[name] for name in cells], STRIDES[architecture.neck])
     keypoints = given.get("roi_heads.keypoint_head.score_lowres.weight")
     info = info_of(config, num_objects, 0 if keypoints is None else keypoints.shape[1])
 
@@ -155,13 +157,8 @@ def export(weights: Weights) -> dict[str, Tensor]:
 def _architecture(given: dict[str, Tensor], bottom: str) -> Architecture:
     width = _need(given, f"{bottom}res2.0.conv2.weight")
     body = resnet_of(width, count_blocks(given, f"{bottom}res4."))
-    neck = (
-        "fpn"
-        if "backbone.fpn_lateral2.weight" in given
-        else "c4"
-        if f"{bottom}res5.0.conv1.weight" not in given
-        else "dc5"
-    )
+    one_map = "dc5" if f"{bottom}res5.0.conv1.weight" in given else "c4"
+    neck = "fpn" if "backbone.fpn_lateral2.weight" in given else one_map
     mask = any(name.startswith("roi_heads.mask_head.") for name in given)
     keypoint = any(name.startswith("roi_heads.keypoint_head.") for name in given)
     kind = "maskrcnn" if mask else "keypointrcnn" if keypoint else "fasterrcnn"
@@ -176,15 +173,17 @@ def _need(given: dict[str, Tensor], name: str) -> Tensor:
     return given[name]
 
 
-def _anchor_sizes(cells: list[Tensor]) -> list[int]:
-    """Sizes of anchors whose corners are [A, 4] per level, if they are of three ratios each."""
+def _anchor_sizes(cells: list[Tensor], strides: Sequence[int]) -> list[int]:
+    """Sizes of anchors whose corners are [A, 4] per level, if they are those of sizes and the usual three ratios."""
     sizes = []
     for level in cells:
-        areas = ((level[:, 2] - level[:, 0]) * (level[:, 3] - level[:, 1])).sqrt()
-        if len(areas) % 3:
-            raise ValueError("its anchors have other ratios than 1 : 2, 1 : 1 and 2 : 1")
-        sizes += [round(area) for area in areas[::3].tolist()]
-    return sizes
+        areas = (level[:, 2] - level[:, 0]) * (level[:, 3] - level[:, 1])
+        sizes.append([round(side) for side in areas[::3].sqrt().tolist()])
+    expected = FixedStrideAnchors(sizes, [RATIOS] * len(sizes), strides).cell_anchors
+    same = [x.shape == y.shape and torch.allclose(x, y) for x, y in zip(cells, expected, strict=True)]
+    if len(cells) != len(strides) or not all(same):
+        raise ValueError("its anchors are not of whole sizes and the ratios 1 : 2, 1 : 1 and 2 : 1")
+    return [size for level in sizes for size in level]
 
 
 CAFFE2 = [

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastmrcnn.checkpoints.weights import Weights, count_blocks, info_of, model_name, resnet_of, translated
 from fastmrcnn.models.config import ModelConfig
-from fastmrcnn.models.conventions import CAFFE
+from fastmrcnn.models.conventions import CAFFE, RATIOS
 
 RULES = [
     (r"^backbone\.body\.", "backbone."),
@@ -121,6 +121,9 @@ def _sizes(config: ModelConfig, text: str) -> None:
     if len(images) == 1:
         pair = images.pop()
         config.max_size, config.min_size = max(pair), min(pair)
+    for found in re.findall(r"\bratios\s*=\s*\[([\d., \n]+)\]", text):
+        if [float(x) for x in found.split(",") if x.strip()] != list(RATIOS):
+            raise ValueError(f"its anchors have the ratios {found.strip()}: expected {', '.join(map(str, RATIOS))}")
     scales = set(re.findall(r"\bscales\s*=\s*\[([\d., ]+)\]", text))
     if len(scales) == 1:
         values = [float(x) for x in scales.pop().split(",") if x.strip()]

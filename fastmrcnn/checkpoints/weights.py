@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -124,8 +124,7 @@ def model_name(name: str) -> ModelName:
     """`name`, if a model is called so."""
     if name not in get_args(ModelName):
         raise ValueError(f"it holds a {name}, which is not among {', '.join(get_args(ModelName))}")
-    found: ModelName = name  # type: ignore[assignment]
-    return found
+    return cast(ModelName, name)
 
 
 def info_of(config: ModelConfig, num_objects: int, num_keypoints: int = 0, names: Sequence[str] = ()) -> ModelInfo:

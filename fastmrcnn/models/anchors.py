@@ -40,7 +40,7 @@ class FixedStrideAnchors(AnchorGenerator):
         scales: list[int],
         aspect_ratios: list[float],
         dtype: torch.dtype = torch.float32,
-        device: torch.device = torch.device("cpu"),  # noqa: B008 (torchvision's signature)
+        device: torch.device | str = "cpu",
     ) -> Tensor:
         """Anchors [sizes * ratios, 4] of the cell at the origin."""
         corners = []

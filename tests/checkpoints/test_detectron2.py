@@ -109,9 +109,10 @@ def caffe2_name(name: str) -> str:
     return name.replace(".", "_")
 
 
-def test_caffe2(tmp_path: Path) -> None:
+@pytest.mark.parametrize("neck", ["fpn", "c4"])
+def test_caffe2(neck: str, tmp_path: Path) -> None:
     """Detectron's files: other names, the background first, norms that only scale and shift; the same network."""
-    kind = Kind(classes=5)
+    kind = Kind(neck, classes=5)
     state = random_state(detectron2_shapes(kind), of_bytes=True)
     for name in state:
         if name.endswith("running_mean"):
@@ -128,8 +129,13 @@ def test_caffe2(tmp_path: Path) -> None:
             value = value.roll(1, 0)
         elif rows:
             value = torch.cat((torch.full((rows, *value.shape[1:]), 7.0), value))  # of the background: not used
-        blobs[caffe2_name(name)] = value.numpy()
-    assert {"res_conv1_bn_s", "res2_0_branch1_w", "fpn_inner_res2_2_sum_lateral_w", "_[mask]_fcn1_b"} <= blobs.keys()
+        their_name = caffe2_name(name)
+        blobs[their_name if neck == "fpn" else their_name.replace("_fpn2", "")] = value.numpy()
+    of_neck = {
+        "fpn": {"fpn_inner_res2_2_sum_lateral_w", "conv_rpn_fpn2_w", "_[mask]_fcn1_b", "fc6_w"},
+        "c4": {"conv_rpn_w", "rpn_bbox_pred_b", "res5_2_branch2c_bn_b", "conv5_mask_w"},
+    }
+    assert {"res_conv1_bn_s", "res2_0_branch1_w", *of_neck[neck]} <= blobs.keys()
     (tmp_path / "model_final.pkl").write_bytes(pickle.dumps({"blobs": blobs, "cfg": "MODEL: {}"}, protocol=2))
     found = read_weights(tmp_path / "model_final.pkl")
     assert found.info == wanted.info
@@ -150,16 +156,17 @@ def test_buffers_of_older_versions(tmp_path: Path) -> None:
     assert config.anchor_sizes == [16, 32, 64, 128, 256]
     assert [round(x * 255) for x in config.image_mean or []] == [3, 2, 1]
     assert [round(x * 255) for x in config.image_std or []] == [6, 5, 4]
+    state["proposal_generator.anchor_generator.cell_anchors.2"][0] *= 1.1
+    with pytest.raises(ValueError, match="its anchors are not of whole sizes and the ratios 1 : 2, 1 : 1 and 2 : 1"):
+        read_weights(write_pkl(tmp_path / "b.pkl", state))
     assert set(weights.unused) == {name for name in state if name.startswith(("pixel", "proposal_generator.anchor"))}
 
 
 def test_conventions() -> None:
     """Of a pyramid and of one map, as in detectron2's configs/Base-RCNN-{FPN,C4,DilatedC5}.yaml."""
+    names: tuple[Any, ...] = ("maskrcnn_resnet50_fpn", "maskrcnn_resnet101_c4")
     with torch.device("meta"):
-        fpn, c4 = (
-            build_model(ModelConfig(name, conventions="detectron2"), 81)  # type: ignore[arg-type]
-            for name in ("maskrcnn_resnet50_fpn", "maskrcnn_resnet101_c4")
-        )
+        fpn, c4 = (build_model(ModelConfig(name, conventions="detectron2"), 81) for name in names)
     for model, before, after in ((fpn, (2000, 1000), (1000, 1000)), (c4, (12000, 6000), (2000, 1000))):
         rpn, heads = model.rpn, model.roi_heads
         assert (rpn._pre_nms_top_n["training"], rpn._pre_nms_top_n["testing"]) == before

@@ -19,7 +19,8 @@ from fastmrcnn.checkpoints.reading import read_weights
 
 CAFFE = """
 norm = dict(mean=[103.530, 116.280, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)
-model = dict(backbone=dict(depth=50, style='caffe'), rpn_head=dict(anchor_generator=dict(scales=[8], ratios=[0.5, 1])))
+model = dict(backbone=dict(depth=50, style='caffe'))
+anchors = dict(type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64])
 pipeline = [dict(type='Resize', img_scale=(1333, 800), keep_ratio=True)]
 """
 PYTORCH = """
@@ -127,3 +128,5 @@ def test_scales_of_anchors(tmp_path: Path) -> None:
     text = re.sub(r"\[8\]", "[4, 8]", CAFFE)
     with pytest.raises(ValueError, match="anchors have 2 scales per level: expected one"):
         read_weights(save(tmp_path / "a.pth", SMALL, {"config": text}))
+    with pytest.raises(ValueError, match=r"anchors have the ratios 1.0, 2.0, 3.0: expected 0.5, 1.0, 2.0"):
+        read_weights(save(tmp_path / "a.pth", SMALL, {"config": CAFFE.replace("0.5, 1.0, 2.0", "1.0, 2.0, 3.0")}))

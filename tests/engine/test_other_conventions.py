@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ from fastmrcnn.models.conventions import Library
 
 def detector(conventions: Library, photos: list[Tensor]) -> fastmrcnn.MaskRCNN:
     torch.manual_seed(0)
-    options = {"min_size": 128, "max_size": 200, "proposals": 30, "detections_per_image": 8}
-    config = ModelConfig("maskrcnn_resnet50_fpn", conventions=conventions, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"min_size": 128, "max_size": 200, "proposals": 30, "detections_per_image": 8}
+    config = ModelConfig("maskrcnn_resnet50_fpn", conventions=conventions, **options)
     model = build_model(config, 11).eval()
     assert isinstance(model, fastmrcnn.MaskRCNN)
     with torch.no_grad():

@@ -68,8 +68,8 @@ def test_training_steps() -> None:
 def test_training_step_of_a_shared_stage() -> None:
     """Boxes and masks of a C4 learn in the same stage 5, whose weights are saved twice and are one."""
     torch.manual_seed(0)
-    few = {"min_size": 64, "max_size": 96, "proposals": 20, "box_samples": 8}
-    config = ModelConfig("maskrcnn_resnet50_c4", conventions="detectron2", **few)  # type: ignore[arg-type]
+    few: dict[str, Any] = {"min_size": 64, "max_size": 96, "proposals": 20, "box_samples": 8}
+    config = ModelConfig("maskrcnn_resnet50_c4", conventions="detectron2", **few)
     model = build_model(config, 3).train()
     masks = torch.zeros(1, 64, 80, dtype=torch.uint8)
     masks[0, 6:50, 5:40] = 1

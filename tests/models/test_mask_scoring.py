@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,10 +131,16 @@ def test_head() -> None:
     assert wanted.shape == (5, 3)
 
 
-def model(**changes: object) -> fastmrcnn.MaskRCNN:
+def model(**changes: Any) -> fastmrcnn.MaskRCNN:
     torch.manual_seed(0)
-    options = {"min_size": 64, "max_size": 64, "proposals": 30, "detections_per_image": 8, "mask_iou": True}
-    built = build_model(ModelConfig("maskrcnn_resnet18_fpn", **(options | changes)), 4)  # type: ignore[arg-type]
+    options: dict[str, Any] = {
+        "min_size": 64,
+        "max_size": 64,
+        "proposals": 30,
+        "detections_per_image": 8,
+        "mask_iou": True,
+    }
+    built = build_model(ModelConfig("maskrcnn_resnet18_fpn", **(options | changes)), 4)
     assert isinstance(built, fastmrcnn.MaskRCNN)
     built.roi_heads.score_thresh = 0.0
     head = built.roi_heads.mask_iou_head
