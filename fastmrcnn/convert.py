@@ -62,9 +62,9 @@ def convert(
         OSError: the output could not be written.
     """
     weights = read_weights(local(path_or_url), source)
-    model_of(weights)  # raises if anything is amiss
+    model = model_of(weights)  # raises if anything is amiss
     if format == "safetensors":
-        save_safetensors(output, weights.state, weights.info)
+        save_safetensors(output, model.state_dict(), weights.info)  # in which what is one tensor is known, unlike files
         return weights
     state = (torchvision if format == "torchvision" else detectron2).export(weights)
     content: Any = state if format == "torchvision" else {"model": state}

@@ -94,6 +94,16 @@ def test_conversion_of_our_own_checkpoints(model: fastmrcnn.MaskRCNN, tmp_path: 
     assert load_model(tmp_path / "best.safetensors")[1] == INFO
 
 
+def test_tensors_that_a_file_shares_are_not_the_models(model: fastmrcnn.MaskRCNN, tmp_path: Path) -> None:
+    """Two layers may have been saved as views of the same numbers."""
+    state = model.state_dict()
+    fc = "roi_heads.box_predictor"
+    state[f"{fc}.cls_score.bias"] = state[f"{fc}.bbox_pred.bias"][:3]
+    torch.save({"format": "fastmrcnn-1", "model": state, "info": asdict(INFO), "training": None}, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", tmp_path / "a.safetensors")
+    assert equal(load_model(tmp_path / "a.safetensors")[0].state_dict(), state)
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """To our format and back to the library's: the same file of weights."""
     generator = torch.Generator().manual_seed(0)
