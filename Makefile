@@ -24,9 +24,8 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-bench
-	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmark.json
-	$(BIN)/python -m benchmarks.report benchmark.json --svg benchmark.svg
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf $(VENV)

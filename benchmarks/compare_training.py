@@ -6,22 +6,24 @@
 The options are those of `fastmrcnn train`.  Ours is `fastmrcnn.train` itself, into the folder `output`.  torchvision's
 is the loop of its reference scripts, with its own detector from the same initial weights: float32 images and byte masks
 from a DataLoader, resized by the model; the same batches in the same order with the same augmentation, learning rate of
-each step, momentum, decay and clipping, and as many loading processes.  Only the anchors and proposals that are sampled
-are others.
+each step, momentum, decay and clipping, average of the weights, and as many loading processes.  Only the anchors and
+proposals that are sampled are others, and, if there are several, the sizes that images are resized to.
 
 The two take turns, epoch by epoch, in one process, so that a machine whose speed drifts is as slow for both.  After
 each epoch OUTPUT/comparison.json and comparison.svg hold what there is so far: losses, average precision by the same
-evaluation, and seconds per image of training alone, data loading included.
+evaluation, and seconds per image of training alone, data loading included.  Asked to end, by SIGTERM, the run does so
+after the epoch, and `--resume auto` goes on with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,7 +33,7 @@ from unittest import mock
 import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
@@ -46,8 +48,10 @@ from fastmrcnn.evaluate import evaluate
 from fastmrcnn.files import write_atomically, write_json
 from fastmrcnn.train import Metrics, TrainConfig, Training
 from fastmrcnn.training.augmentation import transforms
-from fastmrcnn.training.optim import build_optimizer
+from fastmrcnn.training.failures import EXIT_STATUS
+from fastmrcnn.training.optim import WeightAverage, build_optimizer
 from fastmrcnn.training.progress import say, summary_line
+from fastmrcnn.training.state import Stateful
 from fastmrcnn.training.step import seed_all
 
 OURS, THEIRS = "fastmrcnn", "torchvision"
@@ -88,6 +92,9 @@ class TorchvisionTraining:
         self.model = as_torchvision(ours.model).to(memory_format=torch.contiguous_format)
         optimizer = build_optimizer(self.model, config.optim, ours.lr)
         self.learner = TorchvisionLearner(self.model, optimizer, config.precision, config.optim.clip_norm)
+        average = config.optim.ema
+        self.average = None if average is None else WeightAverage(self.model, average)
+        self.sizes = self.model.transform.min_size, tuple(config.augment.min_sizes or self.model.transform.min_size)
         self.batches = copy.copy(ours.batches)
         workers = config.data.workers
         self.loader = DataLoader(
@@ -108,6 +115,7 @@ class TorchvisionTraining:
             FloatingPointError: a loss is not finite.
         """
         self.model.train()
+        self.model.transform.min_size = self.sizes[1]  # of which it takes one at random
         self.batches.set_position(epoch)
         for images, targets in self.loader:
             if self.step == end:
@@ -116,10 +124,35 @@ class TorchvisionTraining:
                 group["lr"] = self.ours.lr * self.ours.factor(self.step)
             seed_all(self.config.seed, self.step)
             losses = self.learner.learn(*on_device(images, targets, self.device))
+            if self.average is not None:
+                self.average.update(self.model)
             self.losses.append({name: loss.item() for name, loss in losses.items()})
             self.step += 1
             if not all(map(math.isfinite, self.losses[-1].values())):
                 raise FloatingPointError(f"torchvision's losses of step {self.step} are not finite: {self.losses[-1]}")
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[nn.Module]:
+        """The model as it is evaluated: of average weights, if there are such, and resizing to one size."""
+        self.model.transform.min_size = self.sizes[0]
+        with contextlib.nullcontext() if self.average is None else self.average.swapped(self.model):
+            yield self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an epoch changes."""
+        learner, average = self.learner, self.average
+        stored = {"model": self.model, "optimizer": learner.optimizer, "scaler": learner.scaler, "average": average}
+        states = {name: part.state_dict() for name, part in stored.items() if part is not None}
+        return states | {"step": self.step, "losses": self.losses}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.model.load_state_dict(state["model"])
+        self.learner.optimizer.load_state_dict(state["optimizer"])
+        self.learner.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.step, self.losses = state["step"], list(state["losses"])
 
 
 class Comparison(Training):
@@ -132,6 +165,23 @@ class Comparison(Training):
         self.losses: list[dict[str, Tensor]] = []
         self.epochs_of: dict[str, list[dict[str, Any]]] = {OURS: [], THEIRS: []}
 
+    def parts(self) -> dict[str, Stateful]:
+        """Both runs, and what is known of them."""
+        return {**super().parts(), "theirs": self.theirs, "comparison": self}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known of both."""
+        return {"losses": self.losses_of_ours(), "epochs": self.epochs_of}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.losses = [{name: torch.tensor(value) for name, value in step.items()} for step in state["losses"]]
+        self.epochs_of = {name: list(epochs) for name, epochs in state["epochs"].items()}
+
+    def asked_to_end(self, due: bool) -> bool:
+        """Not within an epoch."""
+        return False
+
     def train_epoch(self) -> None:
         """An epoch of each; who begins alternates."""
         epoch = self.progressed.epoch
@@ -141,6 +191,8 @@ class Comparison(Training):
             THEIRS: partial(self.theirs.train_epoch, epoch, end),
         }
         first = self.progressed.step
+        if first == end:  # the run was ended while it was measured
+            return
         for name in list(turns) if epoch % 2 == 0 else list(reversed(turns)):
             self.synchronize()
             started = time.perf_counter()
@@ -158,13 +210,14 @@ class Comparison(Training):
     def measure(self, val_set: DetectionDataset) -> tuple[Metrics, dict[str, Image.Image]]:
         """Average precision of both; returns that of ours."""
         of_ours, pictures = super().measure(val_set)
-        of_theirs = evaluate(
-            self.theirs.model,
-            val_set,
-            batch_size=self.config.batch_size,
-            max_detections=self.config.max_detections,
-            workers=self.config.data.workers,
-        )
+        with self.theirs.measured() as model:
+            of_theirs = evaluate(
+                model,
+                val_set,
+                batch_size=self.config.batch_size,
+                max_detections=self.config.max_detections,
+                workers=self.config.data.workers,
+            )
         for name, metrics in ((OURS, of_ours), (THEIRS, of_theirs)):
             self.epochs_of[name][-1]["metrics"] = {kind: found.as_dict() for kind, found in metrics.items()}
         say(f"{THEIRS}, {summary_line(self.progressed.epoch + 1, of_theirs)}")
@@ -177,13 +230,17 @@ class Comparison(Training):
         write_json(self.config.output / "comparison.json", result)
         write_atomically(self.config.output / "comparison.svg", partial(plot, result))
         say(f"seconds per image: {result['seconds_per_image']}")
+        if self.termination.came and self.progressed.epoch < self.epochs:
+            say(f"asked to end: {self.last_path} is of epoch {self.progressed.epoch}; resume=auto goes on")
+            raise SystemExit(EXIT_STATUS)
+
+    def losses_of_ours(self) -> list[dict[str, float]]:
+        """Of each step."""
+        return [{name: loss.item() for name, loss in step.items()} for step in self.losses]
 
     def result(self) -> dict[str, Any]:
         """All that is known so far, for JSON."""
-        losses = {
-            OURS: [{name: loss.item() for name, loss in step.items()} for step in self.losses],
-            THEIRS: self.theirs.losses,
-        }
+        losses = {OURS: self.losses_of_ours(), THEIRS: self.theirs.losses}
         return {
             "runs": {name: {"epochs": self.epochs_of[name], "losses": losses[name]} for name in (OURS, THEIRS)},
             "seconds_per_image": self.seconds_per_image(),
@@ -213,11 +270,9 @@ def refuse(config: TrainConfig) -> None:
     """Raise ValueError for what torchvision's loop does not do."""
     refused = {
         "several processes": world_size() > 1,
-        "resume": config.resume is not None,
+        "checkpoint_every": config.checkpoint_every is not None,
         "patience": config.patience is not None,
         "optim.accumulate": config.optim.accumulate != 1,
-        "optim.ema": config.optim.ema is not None,
-        "augment.min_sizes": config.augment.min_sizes is not None,
         "augment.jitter": config.augment.jitter is not None,
     }
     wrong = [name for name, found in refused.items() if found]

@@ -368,6 +368,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows there, too")
     arguments = parser.parse_args()
     cases = [name for name in CASES if arguments.only in name]
+    if not cases:
+        parser.error(f"--only {arguments.only}: no case has that in its name, such as {next(iter(CASES))}")
     rows = []
     print(f"{'case':44} {'kernel':24} {'target':7} {'regs':>4} {'spill':>5} {'shared':>6} load store blocks/SM")
     for row in reports(cases, arguments.targets.split(",")):

@@ -12,7 +12,13 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks import measure
 from benchmarks.report import contenders_table
 
+QUICK_SECONDS = 0.02
 RECORDS = pytest.StashKey[list[dict[str, Any]]]()
+MEASURED = pytest.StashKey[dict[str, str]]()  # by operation, the case that `--quick` has measured
+WHO = ("contender", "name", "role", "dtype", "select", "semantics")
+"""Parameters of benchmarks that say by whom something is done."""
+OPERATION = ("direction", "batched")
+"""Those that say what is done, beside the name of a benchmark; the others are its case."""
 
 
 class Clock:
@@ -39,7 +45,8 @@ def timed(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Timed:
 
     Its arguments: `call`; `check`, which raises if what `call` makes is wrong, so that there is no number; `op` and
     `case`, what is done; `contender`, by whom; `role`, one of "ours", "shipped" (torchvision as most people run it),
-    "tuned" (torchvision at its best) and "reference"; and `least_bytes`, what must be read and written at least.
+    "tuned" (torchvision at its best), "variant" (ours, which does something else) and "reference"; and `least_bytes`,
+    what must be read and written at least.
     """
 
     def run(
@@ -52,8 +59,13 @@ def timed(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Timed:
         role: str,
         least_bytes: int | None = None,
     ) -> None:
+        quick = request.config.getoption("quick")
+        if quick and role == "reference":
+            pytest.skip("left out, to be quick: the reference")
         check(call())
-        seconds = measure.times(call)
+        operation, case_of_it = identity(request.node)
+        request.config.stash[MEASURED][operation] = case_of_it
+        seconds = measure.times(call, QUICK_SECONDS if quick else measure.SECONDS)
         benchmark.group = f"{op}, {case}"
         record = {"op": op, "case": case, "contender": contender, "role": role, **measure.percentiles(seconds)}
         if torch.cuda.is_available():
@@ -71,9 +83,29 @@ def timed(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Timed:
     return run
 
 
+def identity(item: Any) -> tuple[str, str]:
+    """The operation that a benchmark measures, and the case."""
+    given = {name: str(value) for name, value in item.callspec.params.items() if name not in WHO}
+    operation = [item.originalname, *(given.pop(name) for name in OPERATION if name in given)]
+    return str(operation), str(given)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """To see whether all of it runs."""
+    parser.addoption("--quick", action="store_true", help="the first case of each operation only, and a moment each")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what another case of was measured, if asked to be quick."""
+    operation, case = identity(item)
+    if item.config.getoption("quick") and item.config.stash[MEASURED].get(operation, case) != case:
+        pytest.skip("left out, to be quick: more than one case of an operation")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Our table replaces pytest-benchmark's, whose times come from this clock."""
     config.stash[RECORDS] = []
+    config.stash[MEASURED] = {}
     config.option.benchmark_quiet = True
 
 

@@ -27,6 +27,8 @@ from fastmrcnn.engine.prepare import prepare
 from fastmrcnn.inference import Inference, MaskFormat
 from fastmrcnn.ops import implementations
 
+SMALL_DETECTOR = {"min_size": 96, "max_size": 128, "box_detections_per_img": 5, "rpn_post_nms_top_n_test": 20}
+"""Options of a detector that takes little time."""
 Detections = list[dict[str, Any]]
 Call = Callable[[], Detections]
 

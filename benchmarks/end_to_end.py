@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.detection_steps import Setting, agreements, contenders, detectors, photos
+from benchmarks.detection_steps import SMALL_DETECTOR, Setting, agreements, contenders, detectors, photos
 from benchmarks.measure import PERCENTILES, conditions, demands, device_name, percentiles
 from benchmarks.report import markdown
 from fastmrcnn.files import write_json
@@ -48,6 +48,7 @@ def main() -> None:
     masks = ["none", "soft", "bool", "bits", "rle"]
     parser.add_argument("--masks", nargs="+", default=["none", "bool", "rle"] if on_gpu else ["soft"], choices=masks)
     parser.add_argument("--pairs", type=int, default=30 if on_gpu else 5, help="counted runs of each")
+    parser.add_argument("--small", action="store_true", help="images are made small and boxes few, to see that it runs")
     parser.add_argument("--compiled", action="store_true", help="torchvision's networks by torch.compile, too")
     parser.add_argument("--half", default="float16" if on_gpu else "bfloat16", choices=["float16", "bfloat16"])
     parser.add_argument("--json", type=Path, help="file for the result")
@@ -57,7 +58,8 @@ def main() -> None:
     for size in options.size:
         for batch in options.batch:
             images = photos(options.images, [of_image(size, i) for i in range(batch)])
-            theirs, ours = detectors(options.builder, options.checkpoint, images[:2])
+            small = SMALL_DETECTOR if options.small else {}
+            theirs, ours = detectors(options.builder, options.checkpoint, images[:2], **small)
             for masks in options.masks:
                 wanted: Any = None if masks == "none" else masks
                 setting = Setting(images, wanted, getattr(torch, options.half))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.measure import device_name
+from fastmrcnn.data import Shapes
 from fastmrcnn_kernels.reference.roi_align import assign_levels, axis_weights
 
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
@@ -65,6 +69,20 @@ def random_rois(case: Pooling) -> Tensor:
     start = torch.rand(count, 2, generator=generator) * (limits - extent)
     index = torch.arange(case.images, dtype=torch.float32).repeat_interleave(case.rois)
     return torch.cat((index[:, None], start, torch.minimum(start + extent, limits)), dim=1).to(device_name())
+
+
+def shapes_folder(folder: Path, images: int = 4) -> Path:
+    """Fill `folder` with generated images, laid out as the README says of nuclei; returns it."""
+    for seed, split in enumerate(("train", "val")):
+        data = Shapes(images, image_size=(64, 64), seed=seed)
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for record, (image, _) in zip(data.coco["images"], data, strict=True):
+            pixels = (image * 255).byte().permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(folder / split / record["file_name"])
+        (folder / "annotations").mkdir(exist_ok=True)
+        for size in ("", "_mini"):
+            (folder / "annotations" / f"instances_{split}{size}.json").write_text(json.dumps(data.coco))
+    return folder
 
 
 HEAD_STRIDES = (4, 8, 16, 32, 64)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmrcnn
 
+ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 0.5  # spent on the counted runs of one call
 RUNS = (3, 200)  # fewest and most of them
 PERCENTILES = (20, 50, 80)
@@ -155,6 +157,7 @@ def conditions() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if on_gpu else threads,
         "clocks": clocks(),
         "fastmrcnn": fastmrcnn.__version__,
+        "commit": commit(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "triton": _triton_version(),
@@ -163,6 +166,19 @@ def conditions() -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+def commit() -> str | None:
+    """Of what is measured, "with changes" if something of it is in none; None outside of a clone."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head, changes = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in (["rev-parse", "--short=9", "HEAD"], ["status", "--porcelain", "--", "*.py"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + (" with changes" if changes else "")
 
 
 def _triton_version() -> str | None:

@@ -1,6 +1,6 @@
 """The block sizes of the RoIAlign kernels, side by side: what each compiles to, what it moves, and how long it takes.
 
-    python -m benchmarks.tune_roi_align [--json out.json]
+    python -m benchmarks.tune_roi_align [--quick] [--json out.json]
 
 Without a GPU there are no times.  Bytes: `least` is what must pass between kernel and memory, every cell and bin once;
 `read` is what the programs ask for, from whatever cache it comes.  For the forward pass "each cell of a RoI once" is
@@ -23,7 +23,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import compile_report, measure
-from benchmarks.inputs import CHANNELS, SCALES, Pooling, bins_of_tiles, cells_of_rois, cells_read, pyramid, random_rois
+from benchmarks.inputs import (
+    CHANNELS,
+    SCALES,
+    SMALL,
+    Pooling,
+    bins_of_tiles,
+    cells_of_rois,
+    cells_read,
+    pyramid,
+    random_rois,
+)
 from benchmarks.report import markdown
 from fastmrcnn.files import write_json
 from fastmrcnn_kernels import torchvision_ops
@@ -187,15 +197,17 @@ def main() -> None:
     """See the text of this module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default=here(), choices=compile_report.TARGETS, help="compiled for")
+    parser.add_argument("--quick", action="store_true", help="two variants of each, to see that it runs")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
-    results = []
+    results, dtypes = [], (torch.float32,) if options.quick else (torch.bfloat16, torch.float32)
     for direction, variants in (("forward", FORWARD), ("backward", BACKWARD)):
-        for case in CASES[direction]:
-            for dtype in (torch.bfloat16, torch.float32):
+        for case in [Pooling(1, 20, 7, SMALL)] if options.quick else CASES[direction]:
+            for dtype in dtypes:
                 problem = Problem(direction, case, dtype)
                 rows = [
-                    tried(problem, v, options.target) for v in tqdm(variants, str(problem), leave=False, disable=None)
+                    tried(problem, v, options.target)
+                    for v in tqdm(variants[: 2 if options.quick else None], str(problem), leave=False, disable=None)
                 ]
                 results += rows
                 print(f"{problem}, on {options.target}", table(rows), sep="\n\n", end="\n\n", flush=True)

@@ -186,10 +186,9 @@ class Training:
     def run(self) -> Path:
         """Go on until the last step, or until evaluations do not improve any more."""
         progressed, options = self.progressed, json.loads(json.dumps(asdict(self.config), default=str))
-        parts: dict[str, Stateful] = {"learner": self.learner, "best": self.best}
         state: Mapping[str, Any] = {}
         if self.resumed is not None:
-            state = load_state(self.resumed, self.model, self.info, progressed, parts)
+            state = load_state(self.resumed, self.model, self.info, progressed, self.parts())
             say(f"going on from {self.resumed}: step {progressed.step} of {self.steps}")
         if rank() == 0:
             write_json(self.config.output / "config.json", options)
@@ -327,8 +326,12 @@ class Training:
             readings = self.readings.begin()()
             self.records.add(readings)
             self.check(readings)
-        parts: dict[str, Stateful] = {"learner": self.learner, "best": self.best, "records": self.records}
+        parts = {**self.parts(), "records": self.records}
         self.save(self.last_path, lambda: save_state(self.last_path, self.model, self.info, self.progressed, parts))
+
+    def parts(self) -> dict[str, Stateful]:
+        """What is stored beside the model and how far the run has come."""
+        return {"learner": self.learner, "best": self.best}
 
     def save(self, path: Path, write: Callable[[], object]) -> None:
         """Write the checkpoint `path`.  If that fails, a full disk for example, the run goes on with the old one."""

@@ -98,6 +98,7 @@ if not torch.cuda.is_available():
     check_bounds()
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
+settings.register_profile("few", deadline=None, derandomize=True, max_examples=4)
 settings.load_profile("default")
 
 

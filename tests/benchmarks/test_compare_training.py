@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -18,7 +19,7 @@ from benchmarks.training_steps import exhaustive
 from fastmrcnn import ops, train
 from fastmrcnn.data import Key
 from fastmrcnn.training.config import AugmentConfig, OptimConfig
-from fastmrcnn.training.failures import Termination
+from fastmrcnn.training.failures import EXIT_STATUS, Termination
 
 
 def comparison(output: Path, **changes: Any) -> Comparison:
@@ -101,10 +102,70 @@ def test_run(tmp_path: Path) -> None:
         assert text in drawn
 
 
+class EndedAfter(Comparison):
+    """A run that is asked to end in its first epoch, or while that is measured."""
+
+    measuring = False
+
+    def note(self, *args: Any) -> None:
+        super().note(*args)
+        self.termination.came = not self.measuring
+
+    def measure(self, *args: Any) -> Any:
+        if self.measuring:
+            raise SystemExit(EXIT_STATUS)
+        return super().measure(*args)
+
+
+@pytest.mark.parametrize("measuring", [False, True])
+def test_going_on(tmp_path: Path, measuring: bool) -> None:
+    """Interrupted or not: the same is learned by both, and known of it."""
+    optim = OptimConfig(lr=0.01, lr_batch=0, warmup_steps=2, milestones=[5], ema=0.5)
+    results = []
+    for folder, interrupted in (("whole", None), ("parts", EndedAfter), ("parts", None)):
+        options = config(tmp_path / folder, epochs=2, evaluate_every=1, optim=optim, resume="auto")
+        with (
+            mock.patch.object(train, "Training", interrupted or Comparison),
+            mock.patch.object(EndedAfter, "measuring", measuring),
+            contextlib.nullcontext() if interrupted is None else pytest.raises(SystemExit),
+        ):
+            train.train(options, shapes(2), shapes(1, seed=1))
+        path = tmp_path / folder / "comparison.json"
+        results.append(json.loads(path.read_text()) if path.exists() else None)
+    whole, _, parts = results
+    for name, run in whole["runs"].items():
+        assert parts["runs"][name]["losses"] == run["losses"], name
+        for one, other in zip(parts["runs"][name]["epochs"], run["epochs"], strict=True):
+            assert (one["epoch"], one["step"], one["metrics"]) == (other["epoch"], other["step"], other["metrics"])
+
+
+def test_average_of_the_weights(tmp_path: Path) -> None:
+    """What is measured of torchvision's is the average, too; and afterwards it learns on from its own weights."""
+    optim = OptimConfig(lr=0.01, lr_batch=0, warmup_steps=0, milestones=[], ema=0.9)
+    theirs = comparison(tmp_path, optim=optim).theirs
+    before = weights(theirs.model)
+    theirs.train_epoch(0, 1)
+    after = weights(theirs.model)
+    name = "roi_heads.box_predictor.cls_score.weight"
+    with theirs.measured() as model:
+        torch.testing.assert_close(weights(model)[name], 0.1 * before[name] + 0.9 * after[name])
+    assert torch.equal(weights(theirs.model)[name], after[name])
+    assert not torch.equal(before[name], after[name])
+
+
+def test_several_sizes(tmp_path: Path) -> None:
+    """torchvision takes one at random, and when it is measured that of the model."""
+    theirs = comparison(tmp_path, augment=AugmentConfig(min_sizes=[48, 64])).theirs
+    theirs.train_epoch(0, 1)
+    assert theirs.model.transform.min_size == (48, 64)
+    with theirs.measured() as model:
+        assert model.transform.min_size == (64,)
+
+
 @pytest.mark.parametrize(
     "changes",
-    [{"optim": OptimConfig(ema=0.9)}, {"augment": AugmentConfig(jitter=64)}, {"resume": "auto"}],
-    ids=["ema", "jitter", "resume"],
+    [{"augment": AugmentConfig(jitter=64)}, {"checkpoint_every": 1}],
+    ids=["jitter", "checkpoint_every"],
 )
 def test_what_torchvision_does_not_do(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"torchvision's loop does not do that"):

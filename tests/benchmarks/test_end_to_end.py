@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 
 from benchmarks import end_to_end
-from benchmarks.detection_steps import Setting, agreements, as_torchvision, contenders, detectors, photos
+from benchmarks.detection_steps import (
+    SMALL_DETECTOR,
+    Setting,
+    agreements,
+    as_torchvision,
+    contenders,
+    detectors,
+    photos,
+)
 from benchmarks.measure import Operations
 from fastmrcnn.checkpoints.native import ModelInfo, save_checkpoint
 from fastmrcnn.models.config import ModelConfig, build_model
-
-SMALL = {"min_size": 96, "max_size": 128, "box_detections_per_img": 5, "rpn_post_nms_top_n_test": 20}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +30,7 @@ def images() -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def pair(images: list[Tensor]) -> tuple[Any, Any]:
-    return detectors("maskrcnn_resnet50_fpn", None, images, **SMALL)
+    return detectors("maskrcnn_resnet50_fpn", None, images, **SMALL_DETECTOR)
 
 
 def test_all_ways_are_measured(pair: tuple[Any, Any], images: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

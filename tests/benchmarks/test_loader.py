@@ -7,24 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
-from runs import shapes
 
 from benchmarks import loader
+from benchmarks.inputs import shapes_folder
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four shapes images as files, and their annotations."""
-    data = shapes(4)
-    for record, (image, _) in zip(data.coco["images"], data, strict=True):
-        Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()).save(tmp_path / record["file_name"])
-    (tmp_path / "shapes.json").write_text(json.dumps(data.coco))
-    return tmp_path
+    """Four images as files, and their annotations."""
+    return shapes_folder(tmp_path, images=4)
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
-    given = ["--images", folder, "--annotations", folder / "shapes.json", "--batch", 2, "--workers", 0, "--pairs", 1]
+    annotations = folder / "annotations" / "instances_train.json"
+    given = ["--images", folder / "train", "--annotations", annotations, "--batch", 2, "--workers", 0, "--pairs", 1]
     out = folder / "result.json"
     monkeypatch.setattr("sys.argv", ["loader", *map(str, given), "--json", str(out), *options])
     try:

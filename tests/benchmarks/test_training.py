@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import bench_training, training
-from benchmarks.inputs import PHOTO
+from benchmarks import training
 from benchmarks.training_steps import (
     AMP,
     OURS,
@@ -153,26 +152,3 @@ def test_whole_measurement(monkeypatch: pytest.MonkeyPatch, problem: Problem) ->
     lines = training.table(case).splitlines()
     assert lines[0].startswith("| maskrcnn_resnet18_fpn, 1 x 64x80, ms |")
     assert [line.split("|")[1].strip() for line in lines[2:9]] == training.STAGES
-
-
-def test_benchmark(monkeypatch: pytest.MonkeyPatch, problem: Problem) -> None:
-    model, data, wanted = problem
-    monkeypatch.setattr(bench_training, "inputs", lambda count, size: (model, data))
-    seen: list[dict[str, Any]] = []
-
-    def timed(call: Callable[[], Any], check: Callable[[Any], None], **record: Any) -> None:
-        check(call())
-        seen.append(record)
-
-    bench_training.test_training_step(1, SIZE, OURS, timed)
-    assert seen == [{"op": "training step", "case": "1 x 64x80", "contender": "fastmrcnn float32", "role": "ours"}]
-    monkeypatch.setattr(bench_training, "wanted", lambda *_: Expected(wanted.values, 0.0))
-    with pytest.raises(AssertionError, match=r"where 0.00% is allowed"):
-        bench_training.test_training_step(1, SIZE, OURS, timed)
-
-
-def test_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for size, contender in ((PHOTO, OURS), (SIZE, AMP)):
-        with pytest.raises(pytest.skip.Exception, match="for want of a GPU"):
-            bench_training.test_training_step(1, size, contender, lambda *_, **__: None)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.detectors import agreement
 
-FEW = {"rpn_post_nms_top_n_test": 60}
+FEW = {"rpn_post_nms_top_n_test": 60, "box_detections_per_img": 25}
 
 
 def assert_same_form(theirs: list[dict[str, Tensor]], ours: list[dict[str, Tensor]]) -> None:
