@@ -6,7 +6,7 @@
     python -m benchmarks --only ops training        # groups, or parts; --list names them
 
 No part takes longer than nine minutes.  Stopped, by --minutes or however, it goes on where it was when called again;
-parts that are done are not repeated unless the sources have changed, or by --again.  Each writes a file of JSON;
+parts that ended are not repeated unless the sources have changed, or by --again.  Each writes a file of JSON;
 ops.svg and detection.svg are drawn of them, and `python -m benchmarks.tables` puts their tables into the README.  What
 the programs print is in OUTPUT/logs.  Exit status 1 if anything failed.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,13 +23,17 @@ from pathlib import Path
 import torch
 
 from benchmarks import report, tables
-from benchmarks.collected import SUITE, collected
+from benchmarks.collected import collected
 from benchmarks.inputs import shapes_folder
 from benchmarks.measure import ROOT, conditions
 from benchmarks.parts import Part, Plan, parts
 from benchmarks.report import markdown
-from benchmarks.runner import DONE, FAILED, GRACE, LEFT_OUT, LIMIT, Runner
+from benchmarks.runner import DONE, FAILED, GRACE, LEFT_OUT, LIMIT, STOPPED, Runner
 from fastmrcnn.files import write_atomically
+
+STARTED = time.monotonic()
+LEAST = 60.0
+"""Seconds that have to be left for another part to begin."""
 
 
 def arguments() -> argparse.Namespace:
@@ -85,6 +90,7 @@ def main() -> None:
     options = arguments()
     plan = planned(options)
     found = chosen(parts(plan), options.only)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # so that the part that runs is ended, too
     runner = Runner(plan.output, on_gpu=plan.on_gpu)
     if options.list:
         print(summary(found, runner))
@@ -92,15 +98,13 @@ def main() -> None:
     print(f"{conditions()['device']}: {len(found)} parts, into {plan.output}", flush=True)
     if options.again:
         runner.forget(found)
-    until = time.monotonic() + 60 * options.minutes - GRACE if options.minutes else float("inf")
-    for i, part in enumerate(found):
-        if not runner.due(part):
-            continue
+    until = STARTED + 60 * options.minutes - GRACE if options.minutes else float("inf")
+    for part in runner.due(found):
         runner.limit = min(LIMIT, until - time.monotonic())
-        if runner.limit <= 0:
+        if runner.limit < LEAST:
             print("no time is left; called again, it goes on from here")
             break
-        runner.run(part, f"[{i + 1}/{len(found)}] {part.name}")
+        runner.run(part, f"[{found.index(part) + 1}/{len(found)}] {part.name}")
     finish(found, runner, plan.output)
     if any(runner.state(part) == FAILED for part in found):
         sys.exit(1)
@@ -108,10 +112,9 @@ def main() -> None:
 
 def finish(found: list[Part], runner: Runner, output: Path) -> None:
     """Plots, tables, and the summary."""
-    records = [record for path in sorted(output.glob(f"{SUITE}-*.json")) for record in report.load(path)[1]]
     results = collected(output)
-    if results is not None and records:
-        write_atomically(output / "ops.svg", lambda path: report.plot(records, path, results.device))
+    if results is not None and results.ops:
+        write_atomically(output / "ops.svg", lambda path: report.plot(results.ops, path, results.device))
     if results is not None and results.detections:
         write_atomically(output / "detection.svg", lambda path: tables.plot(results, path))
     if results is not None:

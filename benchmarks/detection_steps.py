@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 import torchvision
+from pycocotools import mask as pycocotools_mask
 from torch import Tensor, nn
 from torch.nn import functional
 
 import fastmrcnn
+from benchmarks.bench_masks import by_grid_sample
 from benchmarks.detectors import calibrate, have_twins
 from benchmarks.measure import device_name
-from fastmrcnn import ops
 from fastmrcnn.checkpoints import load_model
 from fastmrcnn.data import Shapes, image_files, load_image
-from fastmrcnn.engine.buckets import as_buckets
+from fastmrcnn.engine.buckets import Bucket, as_buckets
 from fastmrcnn.engine.device import DeviceRunner
 from fastmrcnn.engine.prepare import prepare
 from fastmrcnn.inference import Inference, MaskFormat
@@ -81,6 +83,9 @@ def contenders(theirs: Any, ours: Any, setting: Setting, *, compiled: bool = Fal
         "torchvision channels_last": by_torchvision(nhwc, setting),
         "torchvision AMP channels_last": by_torchvision(nhwc, setting, autocast=True),
     }
+    if device_name() == "cuda":  # as the engine does it, for sizes that it knows
+        tuned = with_fastest_algorithms(by_torchvision(nhwc, setting, autocast=True))
+        found["torchvision AMP channels_last, cudnn.benchmark"] = tuned
     if setting.masks is not None:
         found["detectron2's pasting, AMP channels_last"] = by_torchvision(nhwc, setting, autocast=True, detectron2=True)
     if compiled:
@@ -149,7 +154,8 @@ def by_torchvision(model: nn.Module, setting: Setting, *, autocast: bool = False
         found = [{key: value.cpu() for key, value in result.items()} for result in results]
         if setting.masks == "rle":
             for result in found:
-                result["masks"] = ops.encode_bool(result["masks"][:, 0], impl="reference").rles
+                masks = result["masks"][:, 0].numpy().astype(np.uint8)
+                result["masks"] = [pycocotools_mask.encode(np.asfortranarray(mask)) for mask in masks]
         return found
 
     return run
@@ -170,26 +176,30 @@ def by_us(model: nn.Module, setting: Setting, *, autocast: bool = False) -> Call
 def by_engine(model: nn.Module, setting: Setting, dtype: torch.dtype) -> Call:
     """Our model, compiled for the sizes of the images by the first call."""
     sizes = sorted({(image.shape[1], image.shape[2]) for image in setting.images})
-    batch = len(setting.images)
+    # Images of different sizes run one by one: none is worth the padding of another's.
+    batches = len(setting.images) if len(sizes) == 1 else 1
 
     @cache
-    def engine() -> fastmrcnn.Engine:
-        return fastmrcnn.compile(model, image_sizes=sizes, batch_sizes=batch, dtype=dtype, masks=setting.masks)
+    def engine(tf32: bool) -> fastmrcnn.Engine:
+        """It keeps to what it was made with."""
+        return fastmrcnn.compile(model, image_sizes=sizes, batch_sizes=batches, dtype=dtype, masks=setting.masks)
 
-    return lambda: engine()(setting.images)
+    depends = device_name() == "cuda" and dtype == torch.float32
+    return lambda: engine(depends and torch.backends.cudnn.allow_tf32)(setting.images)
 
 
 def by_runner(model: Any, setting: Setting) -> Call:
     """What the engine captures, launched operation by operation; images go into the bucket of the largest."""
-    largest = (max(image.shape[1] for image in setting.images), max(image.shape[2] for image in setting.images))
-    buckets, batch = as_buckets(model.transform, largest), len(setting.images)
+    each = as_buckets(model.transform, sorted({(image.shape[1], image.shape[2]) for image in setting.images}))
+    image, canvas = (tuple(map(max, zip(*sizes, strict=True))) for sizes in zip(*each, strict=True))
+    bucket, batch = Bucket(image, canvas), len(setting.images)
 
     @cache
     def runner() -> DeviceRunner:
         prepared = prepare(model, setting.half, with_masks=setting.masks is not None)
-        return DeviceRunner(prepared, buckets, [batch], setting.half, setting.masks, 0.5, graphs=False)
+        return DeviceRunner(prepared, [bucket], [batch], setting.half, setting.masks, 0.5, graphs=False)
 
-    return lambda: runner().begin(setting.images, buckets[0])()
+    return lambda: runner().begin(setting.images, bucket)()
 
 
 def autocasting(setting: Setting, enabled: bool) -> torch.autocast:
@@ -202,12 +212,21 @@ def pasting_of_detectron2(enabled: bool) -> Iterator[None]:
     """torchvision's detectors paste masks as detectron2 does it, with a grid of samples for each."""
 
     def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], padding: int = 1) -> Tensor:
-        small = masks[:, 0].float()
-        return ops.paste_masks(small, boxes, size, semantics="detectron2", impl="torchvision")[:, None]
+        return by_grid_sample(masks[:, 0].float(), boxes, size)[:, None]
 
     target = "torchvision.models.detection.transform.paste_masks_in_image"
     with mock.patch(target, paste) if enabled else contextlib.nullcontext():
         yield
+
+
+def with_fastest_algorithms(call: Call) -> Call:
+    """`call` with those algorithms of cuDNN that have been found to be the fastest for its sizes."""
+
+    def run() -> Detections:
+        with mock.patch.object(torch.backends.cudnn, "benchmark", True):
+            return call()
+
+    return run
 
 
 def without_kernels(call: Call) -> Call:

@@ -7,15 +7,17 @@
 One process, equal weights, the same images.  For each way (`benchmarks.detection_steps`): the p20, p50 and p80 of its
 times and of its ratio to torchvision as shipped, pair by pair, which holds where the speed of a machine drifts; what it
 asks of the device per image (operations, values read, and on a GPU launches and waits); and how far it agrees with
-torchvision in float32, strictly and within what 16 bits blur.  Weights are random unless a checkpoint is given: enough
-for float32, but in 16 bits random networks agree with nobody, not even torchvision's with itself.  The run fails if
-ours does not run, or in float32 differs.  Times are without compilation, which the first call includes.
+torchvision in float32, strictly and within what 16 bits blur: that without TF32, which times are with.  Weights are
+random unless a checkpoint is given: enough for float32, but in 16 bits random networks agree with nobody, not even
+torchvision's with itself.  The run fails if ours does not run, or in float32 differs.  Times are without compilation,
+which the first call includes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,12 +27,14 @@ from typing import Any
 import torch
 
 from benchmarks.detection_steps import SMALL_DETECTOR, Setting, agreements, contenders, detectors, photos
-from benchmarks.measure import PERCENTILES, conditions, demands, device_name, percentiles
+from benchmarks.measure import PERCENTILES, conditions, demands, device_name, percentiles, without_tf32
 from benchmarks.report import markdown
 from fastmrcnn.files import write_json
 
 MIXED = ((480, 640), (640, 480), (427, 640), (500, 375), (375, 500), (612, 612), (640, 426), (333, 500))
 BASELINE = "torchvision"
+ENOUGH = 5
+"""Pairs that are as many as needed, where they take long."""
 LEAST = 0.98
 """Share of the detections in float32 that have to have twins."""
 
@@ -48,13 +52,15 @@ def main() -> None:
     masks = ["none", "soft", "bool", "bits", "rle"]
     parser.add_argument("--masks", nargs="+", default=["none", "bool", "rle"] if on_gpu else ["soft"], choices=masks)
     parser.add_argument("--pairs", type=int, default=30 if on_gpu else 5, help="counted runs of each")
+    parser.add_argument("--seconds", type=float, default=150, help="after which no more runs follow, if there are some")
     parser.add_argument("--small", action="store_true", help="images are made small and boxes few, to see that it runs")
     parser.add_argument("--compiled", action="store_true", help="torchvision's networks by torch.compile, too")
     parser.add_argument("--half", default="float16" if on_gpu else "bfloat16", choices=["float16", "bfloat16"])
     parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args()
 
-    cases = []
+    cases: list[dict[str, Any]] = []
+    result = {"images": "photos" if options.images else "generated", "cases": cases, "conditions": conditions()}
     for size in options.size:
         for batch in options.batch:
             images = photos(options.images, [of_image(size, i) for i in range(batch)])
@@ -65,14 +71,13 @@ def main() -> None:
                 setting = Setting(images, wanted, getattr(torch, options.half))
                 case = {"model": options.checkpoint.name if options.checkpoint else options.builder}
                 case |= {"size": size, "batch": batch, "masks": masks}
-                case |= measured(contenders(theirs, ours, setting, compiled=options.compiled), batch, options.pairs)
+                ways = contenders(theirs, ours, setting, compiled=options.compiled)
+                case |= measured(ways, batch, options.pairs, options.seconds)
                 cases.append(case)
                 print(table(case), flush=True)
-    kind = "photos" if options.images else "generated"
-    result = {"images": kind, "cases": cases, "conditions": conditions()}
-    if options.json:
-        write_json(options.json, result)
-    else:
+                if options.json:
+                    write_json(options.json, result)
+    if not options.json:
         print(json.dumps(result["conditions"]))
     if wrong := disagreements(cases):
         raise SystemExit(f"{'; '.join(wrong)}: the times mean nothing")
@@ -89,24 +94,28 @@ def of_image(size: str, number: int) -> tuple[int, int]:
     return height, width
 
 
-def measured(calls: dict[str, Callable[[], Any]], images: int, pairs: int) -> dict[str, Any]:
+def measured(calls: dict[str, Callable[[], Any]], images: int, pairs: int, seconds: float = math.inf) -> dict[str, Any]:
     """What there is to say of each way to detect; of those that do not run here, why."""
-    found, running, expected = {}, {}, calls[BASELINE]()
+    found, running = {}, {}
+    with without_tf32():
+        expected = calls[BASELINE]()
     for name, call in calls.items():
         started = time.perf_counter()
         try:
-            result = call()
+            with without_tf32():
+                result = call()
+            first = time.perf_counter() - started
+            call()  # which captures a graph, where that is another one with TF32
         except Exception as error:  # of any kind: the others are measured all the same
             found[name] = {"error": ": ".join((type(error).__name__, *str(error).splitlines()[:1]))}
             continue
-        first = time.perf_counter() - started
         asked = {f"{what} per image": round(count / images, 1) for what, count in demands(call).items()}
         found[name] = {"agreement": agreements(expected, result), "first_call_s": round(first, 2), **asked}
         running[name] = call
-    times = paired_times(running, pairs)
-    for name, seconds in times.items():
-        rate = round(images / statistics.median(seconds), 2)
-        found[name] |= percentiles(seconds) | {"speedup": speedup(times[BASELINE], seconds), "images_per_s": rate}
+    times = paired_times(running, pairs, seconds=seconds)
+    for name, taken in times.items():
+        rate = round(images / statistics.median(taken), 2)
+        found[name] |= percentiles(taken) | {"speedup": speedup(times[BASELINE], taken), "images_per_s": rate}
     return {"detections": sum(len(image["boxes"]) for image in expected), "contenders": found}
 
 
@@ -142,10 +151,18 @@ def disagreements(cases: Sequence[dict[str, Any]]) -> list[str]:
     return wrong
 
 
-def paired_times(calls: dict[str, Callable[[], object]], pairs: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of each of `calls`, run in turn; the first of a pair alternates."""
+def paired_times(
+    calls: dict[str, Callable[[], object]], pairs: int, warm_up: int = 2, seconds: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of each of `calls`, run in turn; the first of a pair alternates.
+
+    After `seconds` there are no more than `ENOUGH`.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    until = time.perf_counter() + seconds
     for i in range(-warm_up, pairs):
+        if i >= ENOUGH and time.perf_counter() > until:
+            break
         order = list(calls) if i % 2 == 0 else list(reversed(calls))
         for name in order:
             started = time.perf_counter()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -107,6 +108,16 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def is_launch(name: str) -> bool:
+    """Whether a call of CUDA's or HIP's interface launches kernels."""
+    return "LaunchKernel" in name or "GraphLaunch" in name
+
+
+def is_wait(name: str) -> bool:
+    """Whether it waits for the GPU; for all of it waits only who measures."""
+    return "StreamSynchronize" in name or "EventSynchronize" in name
+
+
 def demands(call: Callable[[], object]) -> dict[str, int]:
     """What `call`, which ran before, asks of the device: operations, values; on a GPU also launches, and waits."""
     with Operations() as operations:
@@ -117,9 +128,20 @@ def demands(call: Callable[[], object]) -> dict[str, int]:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             call()
         names = [event.name for event in profiler.events()]
-        found["launches"] = sum("LaunchKernel" in name or "GraphLaunch" in name for name in names)
-        found["waits"] = sum("StreamSynchronize" in name for name in names)
+        found["launches"] = sum(is_launch(name) for name in names)
+        found["waits"] = sum(is_wait(name) for name in names)
     return found
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Within it convolutions of float32 are that on a GPU, too, whose results otherwise are those of 10 bits."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:

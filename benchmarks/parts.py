@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.measure import ROOT
+from benchmarks.sanitize import SANITIZER, TOOLS
 
 PYTHON = [sys.executable, "-m"]
 OPERATIONS = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py"))
@@ -23,8 +24,8 @@ TESTS = {
 }
 QUICK_TESTS = ["tests/kernels/test_canvases.py", "tests/kernels/test_boxes.py"]
 ITSELF = "tests/benchmarks/test_everything.py"
-OUR_KERNELS = "regex=^_[a-y]"
-"""Names of kernels written in Triton; those of C++ begin with _Z."""
+COMPARED = "tests/benchmarks/test_tables.py::test_readme_shows_what_was_measured"
+"""With results that are being written here."""
 
 
 class Plan(NamedTuple):
@@ -58,6 +59,7 @@ class Part:
         goes_on: run once more, it goes on from where it was stopped.
         environment: of the program, beside that of this process.
         kept: its result, without a suffix, if it is not NAME.json: .json and .svg are copied when it is done.
+        some_counts: the result of a part that failed is that of its cases that did not.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Part:
     goes_on: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     kept: Path | None = None
+    some_counts: bool = False
 
     @property
     def group(self) -> str:
@@ -94,21 +97,18 @@ def tests(plan: Plan) -> Iterator[Part]:
     for name, paths in {"quick": QUICK_TESTS}.items() if plan.quick else TESTS.items():
         outcomes = plan.output / f"tests-{name}.jsonl"
         options = ["-q", "-p", "benchmarks.outcomes", "--outcomes", str(outcomes), "--ignore", ITSELF, *workers]
+        options += ["--deselect", COMPARED]
         environment = {"OMP_NUM_THREADS": "1"}
         command = [*PYTHON, "pytest", *options, *paths]
         yield Part(f"tests-{name}", command, missing, goes_on=True, environment=environment)
-    sanitizer = shutil.which("compute-sanitizer")
     if not plan.on_gpu:
         missing = "needs a GPU of NVIDIA's"
-    elif sanitizer is None:
-        missing = "compute-sanitizer, of NVIDIA's toolkit, is not on the PATH"
-    for tool in ("memcheck", "racecheck"):
-        watched = [sanitizer or "", "--tool", tool, "--kernel-name", OUR_KERNELS, "--error-exitcode", "9"]
-        options = ["-q", "-p", "benchmarks.outcomes", "--outcomes", str(plan.output / f"tests-{tool}.jsonl")]
-        # Each tensor in memory of its own, or reading beyond one would read another; few examples, since it takes long.
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        command = [*watched, *PYTHON, "pytest", *options, "--hypothesis-profile", "few", "tests/kernels"]
-        yield Part(f"tests-{tool}", command, missing, goes_on=True, environment=environment)
+    elif shutil.which(SANITIZER) is None:
+        missing = f"{SANITIZER}, of NVIDIA's toolkit, is not on the PATH"
+    for tool in TOOLS:
+        outcomes = plan.output / f"tests-{tool}.jsonl"
+        command = [*PYTHON, "benchmarks.sanitize", tool, "--outcomes", str(outcomes)]
+        yield Part(f"tests-{tool}", command, missing, goes_on=True)
     yield Part("tests-repeats", module("repeats", plan, "tests-repeats", *(["--times", "2"] if plan.quick else [])))
 
 
@@ -126,8 +126,10 @@ def operations(plan: Plan) -> Iterator[Part]:
     missing = None if find_spec("pytest_benchmark") else "pytest-benchmark is not installed: pip install -e '.[bench]'"
     for name, files in {"all": OPERATIONS}.items() if plan.quick else {name: [name] for name in OPERATIONS}.items():
         paths = [f"benchmarks/bench_{file}.py" for file in files]
-        options = [f"--benchmark-json={plan.output / f'ops-{name}.json'}", *(["--quick"] if plan.quick else [])]
-        yield Part(f"ops-{name}", [*PYTHON, "pytest", "-q", *options, *paths], missing)
+        kept = plan.output / "logs" / f"ops-{name}"  # where pytest makes an empty file first
+        options = [f"--benchmark-json={kept}.json", *(["--quick"] if plan.quick else [])]
+        command = [*PYTHON, "pytest", "-q", *options, *paths]
+        yield Part(f"ops-{name}", command, missing, kept=kept, some_counts=True)
 
 
 def detections(plan: Plan) -> Iterator[Part]:
@@ -136,9 +138,11 @@ def detections(plan: Plan) -> Iterator[Part]:
     if plan.quick:
         cases = {"quick": ["--size", "96x128", "--batch", "2", "--masks", "rle", "--small", "--pairs", "1"]}
     elif plan.on_gpu:
-        masks = ["--masks", "none", "bool", "rle"]
-        wanted = [("480x640", 1), ("800x1333", 1), ("800x1333", 2), ("800x1333", 8), ("mixed", 8)]
-        cases = {f"{size}-{batch}": ["--size", size, "--batch", str(batch), *masks] for size, batch in wanted}
+        cases = {
+            f"{size}-{batch}-{masks}": ["--size", size, "--batch", str(batch), "--masks", masks]
+            for size, batch in (("480x640", 1), ("800x1333", 1), ("800x1333", 2), ("800x1333", 8), ("mixed", 8))
+            for masks in ("none", "bool", "rle")
+        }
     else:
         cases = {f"480x640-1-{masks}": ["--masks", masks] for masks in ("none", "soft", "rle")}
     for name, options in cases.items():
@@ -157,7 +161,8 @@ def steps(plan: Plan) -> Iterator[Part]:
         small = ["--size", "240", "320", "--rounds", "5"]
         cases = {f"240x320-{batch}": ["--batch", str(batch), *small] for batch in (1, 2)}
     for name, options in cases.items():
-        yield Part(f"training-{name}", module("training", plan, f"training-{name}", *options))
+        program = module("training", plan, f"training-{name}", *options)
+        yield Part(f"training-{name}", program, some_counts=True)
 
 
 def runs(plan: Plan) -> Iterator[Part]:

@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.detection_steps import SMALL_DETECTOR, Setting, contenders, detectors, photos
 from benchmarks.end_to_end import of_image
 from benchmarks.inputs import PHOTO
-from benchmarks.measure import conditions, device_name
+from benchmarks.measure import conditions, device_name, is_launch, is_wait
 from benchmarks.report import markdown
 from benchmarks.training_steps import AMP, CONTENDERS, SHIPPED, dataset, run_of
 from benchmarks.training_steps import detector as training_detector
@@ -42,7 +42,7 @@ GAP = 2.0
 """Microseconds of an idle device from which on they count as a gap."""
 KINDS = {
     "layout conversion": r"nchwtonhwc|nhwctonchw|transpose|aten::(clone|contiguous)\b",
-    "ours": r"^_[a-y]\w*_kernel|fastmrcnn::",
+    "ours": r"(?-i:^[a-z0-9_]+_kernel$)|fastmrcnn::",
     "convolution or product": r"conv|gemm|gemv|xmma|cutlass|cudnn|nvjet|cublas|[wd]grad|mkldnn|aten::(add|b)?mm\b",
     "copy or cast": r"memcpy|copy|aten::(_to_copy|to)\b",
     "fill": r"memset|fill|zero",
@@ -122,8 +122,8 @@ def summarised(events: Sequence[dict[str, Any]], calls: int) -> dict[str, Any]:
         "gaps": round(sum(gap >= GAP for gap in gaps) / calls, 1),
         "longest_gap_us": round(max(gaps, default=0.0), 2),
         "kernels": round(len(spans) / calls, 1),
-        "launches": round(sum("LaunchKernel" in name or "GraphLaunch" in name for name in runtime) / calls, 1),
-        "waits": round(sum("Synchronize" in name for name in runtime) / calls, 1),
+        "launches": round(sum(map(is_launch, runtime)) / calls, 1),
+        "waits": round(sum(map(is_wait, runtime)) / calls, 1),
         "kinds_us": {name: round(us / calls, 2) for name, us in sorted(by_kind.items(), key=lambda pair: -pair[1])},
         "longest": [
             {"name": name, "kind": kind(name), "us": round(sum(us) / calls, 2), "times": round(len(us) / calls, 1)}
@@ -223,7 +223,8 @@ def main() -> None:
         calls = training_calls(options.size, options.batch, small=options.small)
     case = {"what": options.what, "size": options.size, "batch": options.batch, "contenders": {}}
     for name, call in calls.items():
-        path = options.traces and options.traces / f"{options.what}-{name.replace(' ', '-')}.json.gz"
+        trace = f"{options.what}-{options.size}-{options.batch}-{name.replace(' ', '-')}.json.gz"
+        path = options.traces and options.traces / trace
         case["contenders"][name] = summarised(traced(call, warm_up, count, path), count)
         print(table(f"{options.what}, {options.batch} x {options.size}, {name}", case["contenders"][name]), flush=True)
     if options.json:

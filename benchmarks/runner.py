@@ -1,8 +1,9 @@
-"""Runs parts one after the other, each in a process of its own, and remembers which are done."""
+"""Runs parts, each in a process of its own, and remembers which are done."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -43,8 +44,8 @@ class Ended(NamedTuple):
 class Runner:
     """Parts and what became of them, which `output`/run.json remembers.
 
-    A part that is done, or failed, is not run again, unless the sources have changed since.  One that was cut off goes
-    on, if it can, and otherwise begins anew.
+    A part that is done, or failed, is not run again, unless the sources have changed since.  One that was cut off, be
+    it with this process, goes on, if it can, and otherwise begins anew; it has failed if it had all its time.
 
     Args:
         output: folder of results and logs; made if missing.
@@ -67,9 +68,10 @@ class Runner:
             return TO_DO
         return OUTDATED if known["sources"] != self.sources else str(known["state"])
 
-    def due(self, part: Part) -> bool:
-        """Whether there is anything to run: also once more, if it was cut off or could not run."""
-        return self.state(part) not in (DONE, FAILED)
+    def due(self, parts: Sequence[Part]) -> list[Part]:
+        """Those of which there is anything to run: what was cut off, or could not run, once more, after the others."""
+        found = [part for part in parts if self.state(part) not in (DONE, FAILED)]
+        return sorted(found, key=lambda part: self.state(part) == UNFINISHED)
 
     def forget(self, parts: Sequence[Part]) -> None:
         """Begin them anew, whatever became of them."""
@@ -86,19 +88,25 @@ class Runner:
     def run(self, part: Part, title: str) -> Ended:
         """Run a part, and remember how it ended."""
         goes_on = part.goes_on and self.state(part) == UNFINISHED
+        before = self.ended[part.name]["seconds"] if goes_on else 0.0
         if not goes_on:
             self.discard(part)
+        if part.missing is None:
+            self.note(part, Ended(UNFINISHED, before, "was killed"))  # unless it comes to say anything else
         if sys.stdout.isatty():
             print(title, end="", flush=True)
         found = self._run(part) if part.missing is None else Ended(LEFT_OUT, 0.0, part.missing)
         start = "\r" if sys.stdout.isatty() else ""
         print(f"{start}{title:<32} {found.state:<10} {found.seconds:5.0f} s  {found.says}", flush=True)
-        before = self.ended[part.name]["seconds"] if goes_on else 0.0
-        entry = {"state": found.state, "seconds": round(before + found.seconds, 1), "says": found.says}
-        date = datetime.now(timezone.utc).isoformat(timespec="minutes")
-        self.ended[part.name] = entry | {"sources": self.sources, "date": date}
-        write_json(self.file, {"parts": self.ended, "conditions": conditions()})
+        self.note(part, found._replace(seconds=before + found.seconds))
         return found
+
+    def note(self, part: Part, ended: Ended) -> None:
+        """Remember what became of a part."""
+        entry = {"state": ended.state, "seconds": round(ended.seconds, 1), "says": ended.says, "sources": self.sources}
+        date = datetime.now(timezone.utc).isoformat(timespec="minutes")
+        self.ended[part.name] = entry | {"date": date}
+        write_json(self.file, {"parts": self.ended, "conditions": conditions()})
 
     def _run(self, part: Part) -> Ended:
         environment = os.environ | {"PYTHONUNBUFFERED": "1"} | part.environment
@@ -109,10 +117,17 @@ class Runner:
         environment = {key: value for key, value in environment.items() if not key.startswith(others)}
         started, cut = time.monotonic(), False
         log = self.logs / f"{part.name}.log"
-        with log.open("w") as file, Live(started):
+        with log.open("a" if part.goes_on else "w") as file:
             process = subprocess.Popen(
-                part.command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+                part.command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=die_with_parent if sys.platform == "linux" else None,
             )
+        with Live(started):
             try:
                 process.wait(self.limit)
             except subprocess.TimeoutExpired:
@@ -120,17 +135,34 @@ class Runner:
             finally:
                 end(process)
         seconds = time.monotonic() - started
+        if cut and not part.goes_on and self.limit >= LIMIT:
+            return self._failed(part, Ended(FAILED, seconds, f"took longer than {self.limit:.0f} s"))
         if cut or process.returncode == STOPPED:
-            said = "asked to end after its time; the next run goes on with it" if part.goes_on else "took too long"
-            return Ended(UNFINISHED, seconds, f"{said} {self._says(part)}".rstrip())
+            said = "the next run goes on with it" if part.goes_on else "there was no time left"
+            return Ended(UNFINISHED, seconds, f"{said}; {self._says(part)}".rstrip("; "))
         if process.returncode == 0:
-            if part.kept is not None:
-                for suffix in (".json", ".svg"):
-                    shutil.copyfile(part.kept.with_suffix(suffix), self.output / f"{part.name}{suffix}")
+            self._keep(part)
             return Ended(DONE, seconds, self._says(part))
         lines = log.read_text(errors="replace").splitlines()[-LINES_SHOWN:]
         print("\n" + "\n".join(f"    {line}" for line in lines))
-        return Ended(FAILED, seconds, self._says(part) or f"exit status {process.returncode}, see {log}")
+        said = self._says(part) or f"exit status {process.returncode}, see {log}"
+        return self._failed(part, Ended(FAILED, seconds, said))
+
+    def _failed(self, part: Part, ended: Ended) -> Ended:
+        """Put aside the result of a part that failed, unless it is of those of its cases that did not."""
+        result = self.output / f"{part.name}.json"
+        if part.some_counts:
+            self._keep(part)
+        elif result.exists():
+            result.replace(self.logs / f"{part.name}-failed.json")
+        return ended
+
+    def _keep(self, part: Part) -> None:
+        """Copy a result that is elsewhere; an empty file is of a program that did not come to write it."""
+        for suffix in (".json", ".svg") if part.kept is not None else ():
+            source = part.kept.with_suffix(suffix)
+            if source.exists() and source.stat().st_size:
+                shutil.copyfile(source, self.output / f"{part.name}{suffix}")
 
     def _says(self, part: Part) -> str:
         path = self.output / f"{part.name}.jsonl"
@@ -157,6 +189,11 @@ class Live:
     def _tell(self) -> None:
         while not self.over.wait(1.0):
             print(f"\x1b7 {time.monotonic() - self.started:4.0f} s\x1b8", end="", file=sys.stderr, flush=True)
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when the one that started it is gone."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def end(process: subprocess.Popen[Any]) -> None:

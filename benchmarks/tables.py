@@ -9,13 +9,14 @@ With --svg FILE the ways to detect are drawn, too, those of the last folder.
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.collected import Results, collected
 from benchmarks.measure import ROOT
-from benchmarks.report import Record, cases, fastest, markdown, summary_table
+from benchmarks.report import cases, fastest, markdown, summary_table
 from benchmarks.targets import TARGETS
 from fastmrcnn.files import write_atomically
 
@@ -48,18 +49,15 @@ def targets_table(found: Sequence[Results]) -> str:
 
 
 def ops_table(results: Results) -> str:
-    """One case of each operation: the one that takes torchvision longest."""
-    chosen: dict[str, list[Record]] = {}
-    for (op, _), records in cases(results.ops).items():
-        if fastest(records, "ours") and length(records) > length(chosen.get(op, [])):
-            chosen[op] = records
-    return summary_table([record for records in chosen.values() for record in records]) if chosen else ""
-
-
-def length(records: Sequence[Record]) -> float:
-    """Microseconds that torchvision takes as it is shipped; 0 if that is not known."""
-    shipped = fastest(records, "shipped")
-    return 0.0 if shipped is None else float(shipped["p50_us"])
+    """One case of each operation: of those that torchvision does, too, the one in the middle by its time."""
+    times: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    by_case = cases(results.ops)
+    for (op, case), records in by_case.items():
+        shipped = fastest(records, "shipped")
+        if shipped is not None and fastest(records, "ours") is not None:
+            times[op].append((shipped["p50_us"], case))
+    middle = [(op, sorted(found)[len(found) // 2][1]) for op, found in times.items()]
+    return summary_table([record for key in middle for record in by_case[key]]) if middle else ""
 
 
 def waterfalls(results: Results) -> Iterator[str]:
@@ -99,7 +97,10 @@ def steps_table(results: Results) -> str:
     for name in names:
         rows.append([name])
         for case in found.values():
-            us = {n: c["stages"]["step"]["p50_us"] for n, c in case["contenders"].items()}
+            us = {n: c["stages"]["step"]["p50_us"] for n, c in case["contenders"].items() if "stages" in c}
+            if name not in us:
+                rows[-1].append("-" if name not in case["contenders"] else "learns something else")
+                continue
             baseline = next(us[n] for n in STEP_BASELINES if n in us)
             memory = case["contenders"][name]["peak_memory"] / 2**30
             rows[-1].append(f"{1e6 * case['batch'] / us[name]:,.3g} ({baseline / us[name]:.2f}x), {memory:.2f} GiB")

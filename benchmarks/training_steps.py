@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 from unittest import mock
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastmrcnn
 from benchmarks.detectors import calibrate
-from benchmarks.measure import device_name
+from benchmarks.measure import device_name, without_tf32
 from fastmrcnn.batches import LoadedBatch
 from fastmrcnn.data import Shapes, TrainingItems, collate_loaded
 from fastmrcnn.data.items import LoadedSample
@@ -167,9 +167,16 @@ class Ours:
 def on_device(
     images: Sequence[Tensor], targets: Sequence[Target], device: torch.device | str
 ) -> tuple[list[Tensor], list[Target]]:
-    """Images and all tensors of targets on `device`, copied as in the reference scripts."""
-    moved = [{name: x.to(device) if isinstance(x, Tensor) else x for name, x in target.items()} for target in targets]
-    return [image.to(device) for image in images], moved
+    """Images and all tensors of targets on `device`, copied as in the reference scripts; if pinned, without a wait."""
+    return applied(lambda x: x.to(device, non_blocking=x.is_pinned()), images, targets)
+
+
+def applied(
+    change: Callable[[Tensor], Tensor], images: Sequence[Tensor], targets: Sequence[Target]
+) -> tuple[list[Tensor], list[Target]]:
+    """All tensors of a batch, changed."""
+    moved = [{name: change(x) if isinstance(x, Tensor) else x for name, x in target.items()} for target in targets]
+    return list(map(change, images)), moved
 
 
 class Theirs:
@@ -181,12 +188,13 @@ class Theirs:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4, fused=tuned or None)
         self.learner = TorchvisionLearner(self.model, optimizer, precision)
-        self.samples = [data[i] for i in range(len(data))]
+        self.batch = applied(lambda x: x, *zip(*(data[i] for i in range(len(data))), strict=True))
+        if tuned and device_name() == "cuda":
+            self.batch = applied(Tensor.pin_memory, *self.batch)  # as a loader's thread does
 
     def load(self) -> tuple[list[Tensor], list[Target]]:
         """The batch on the device."""
-        images, targets = zip(*self.samples, strict=True)
-        return on_device(images, targets, device_name())
+        return on_device(*self.batch, device_name())
 
     def step(self, batch: tuple[list[Tensor], list[Target]]) -> dict[str, Tensor]:
         """Losses of a step."""
@@ -217,8 +225,8 @@ def exhaustive(model: nn.Module) -> Iterator[None]:
 
 
 def outcome(run: Run) -> dict[str, float]:
-    """Losses and the norm of gradients of a step that samples everything."""
-    with exhaustive(run.model):
+    """Losses and the norm of gradients of a step that samples everything, without TF32."""
+    with exhaustive(run.model), without_tf32():
         values = run.step(run.load())
     if isinstance(run, Theirs):  # they are there until the next step
         gradients = [p.grad for p in run.model.parameters() if p.grad is not None]

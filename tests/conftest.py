@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from strategies import DEFAULT_EXAMPLES
 
 
 def check_bounds() -> None:
@@ -97,7 +98,7 @@ if not torch.cuda.is_available():
     patch_interpreter()
     check_bounds()
 
-settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=DEFAULT_EXAMPLES)
 settings.register_profile("few", deadline=None, derandomize=True, max_examples=4)
 settings.load_profile("default")
 

@@ -12,13 +12,18 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Of kernels under test.  On a CPU Triton interprets them, at 5 to 50 ms per program."""
+DEFAULT_EXAMPLES = 40
+UNSHRUNK = (Phase.explicit, Phase.generate)
 
 
 def examples(compiled: int, *, interpreted: int) -> settings:
-    """How many a kernel is tried on.  The interpreter does not shrink those that fail, which would take minutes."""
-    if DEVICE == "cuda":
-        return settings(max_examples=compiled)
-    return settings(max_examples=interpreted, phases=(Phase.explicit, Phase.generate))
+    """How many a kernel is tried on, or fewer by `--hypothesis-profile few`.
+
+    The interpreter does not shrink those that fail, which would take minutes.
+    """
+    wanted, limit = compiled if DEVICE == "cuda" else interpreted, settings().max_examples
+    count = min(wanted, limit) if limit < DEFAULT_EXAMPLES else wanted
+    return settings(max_examples=count) if DEVICE == "cuda" else settings(max_examples=count, phases=UNSHRUNK)
 
 
 SAMPLERS: list[dict[str, Any]] = [

@@ -24,6 +24,7 @@ from fastmrcnn.batches import DetectionBatch, ImageBatch, ProposalBatch, TargetB
 from fastmrcnn.models.anchors import FixedStrideAnchors
 from fastmrcnn.models.mask_rcnn import GeneralizedRCNN
 from fastmrcnn.models.preprocess import BytesPreprocess, options_of, send
+from fastmrcnn.models.resizing import resize_like_skimage
 from fastmrcnn.models.roi_heads import Features, RoIHeads
 from fastmrcnn.models.rpn import RegionProposalNetwork
 from fastmrcnn.models.sampling import gather
@@ -40,40 +41,6 @@ HIDDEN = 512
 """Channels of the head of its RPN."""
 
 ONLY_INFERENCE = "a network with matterport's conventions detects, but does not learn; its weights initialise another's"
-
-
-def resize_like_skimage(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """`skimage.transform.resize` of order 1 without anti-aliasing, and what matterport makes of it: truncated bytes.
-
-    Bilinear in double precision; what lies outside the image counts as 0, so that a border that is enlarged darkens,
-    as far as the darkest pixel.
-
-    Args:
-        image: uint8 [C, H, W].
-        size: (height, width) of the result.
-
-    Returns:
-        uint8 [C, height, width].
-    """
-    if tuple(image.shape[1:]) == tuple(size):
-        return image
-    pixels = image.double()
-    for axis in (1, 2):
-        before, after = image.shape[axis], size[axis - 1]
-        if before == after:
-            continue
-        position = (torch.arange(after, dtype=torch.float64, device=image.device) + 0.5) * (before / after) - 0.5
-        pixel = position.floor()
-        share = position - pixel
-        shape = [1, 1, 1]
-        shape[axis] = after
-        total: Tensor | float = 0.0
-        for number, weight in ((pixel.long(), 1 - share), (pixel.long() + 1, share)):
-            weight = torch.where((number >= 0) & (number < before), weight, 0)
-            total = total + pixels.index_select(axis, number.clamp(0, before - 1)) * weight.view(shape)
-        assert isinstance(total, Tensor)
-        pixels = total
-    return pixels.clamp(image.amin().double(), image.amax().double()).to(torch.uint8)
 
 
 class SquarePreprocess(BytesPreprocess):

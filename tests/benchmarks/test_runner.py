@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert state(tmp_path, found) == TO_DO
     assert run(tmp_path, found).state == DONE
     assert state(tmp_path, found) == DONE
-    assert not Runner(tmp_path, on_gpu=False).due(found)
+    assert not Runner(tmp_path, on_gpu=False).due([found])
     assert "hello" in (tmp_path / "logs" / "ops-a.log").read_text()
     shown = capsys.readouterr().out
     assert "ops-a" in shown
@@ -54,14 +55,14 @@ def test_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "too bad" in shown
     assert "first" not in shown
-    assert not Runner(tmp_path, on_gpu=False).due(found)
+    assert not Runner(tmp_path, on_gpu=False).due([found])
 
 
 def test_left_out(tmp_path: Path) -> None:
     """Until it can run."""
     found = part("raise AssertionError", missing="needs a GPU")
     assert run(tmp_path, found) == (LEFT_OUT, 0.0, "needs a GPU")
-    assert Runner(tmp_path, on_gpu=False).due(found)
+    assert Runner(tmp_path, on_gpu=False).due([found]) == [found]
 
 
 def test_too_long(tmp_path: Path) -> None:
@@ -71,13 +72,58 @@ def test_too_long(tmp_path: Path) -> None:
     )
     ended = run(tmp_path, part(f"{child}; p.wait()"), limit=3.0)
     assert ended.state == UNFINISHED
-    assert "took too long" in ended.says
+    assert "there was no time left" in ended.says
     number = int((tmp_path / "logs" / "ops-a.log").read_text().split()[0])
     for _ in range(100):
         if not alive(number):
             break
         time.sleep(0.1)
     assert not alive(number)
+
+
+def test_all_its_time_was_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it would never be: others have their turn."""
+    monkeypatch.setattr(runner, "LIMIT", 2.0)
+    assert run(tmp_path, part(SLEEPS), limit=2.0)[::2] == (FAILED, "took longer than 2 s")
+    assert run(tmp_path, part(SLEEPS, "tests-b", goes_on=True), limit=2.0).state == UNFINISHED
+
+
+def test_what_was_cut_off_comes_last(tmp_path: Path) -> None:
+    parts = [part(SLEEPS, "ops-a"), part("1", "ops-b"), part("1", "ops-c"), part("1", "ops-d", missing="no GPU")]
+    run(tmp_path, parts[0], limit=2.0)
+    run(tmp_path, parts[1])
+    run(tmp_path, parts[3])
+    due = Runner(tmp_path, on_gpu=False).due(parts)
+    assert [one.name for one in due] == ["ops-c", "ops-d", "ops-a"]
+
+
+def test_killed_with_all(tmp_path: Path) -> None:
+    """What it was doing is to be gone on with, and does not go on by itself."""
+    code = f"""
+from pathlib import Path
+from benchmarks.parts import Part
+from benchmarks.runner import Runner
+import sys
+part = Part("ops-a", [sys.executable, "-c", "import os; print(os.getpid(), flush=True); " + {SLEEPS!r}], goes_on=True)
+Runner(Path({str(tmp_path)!r}), on_gpu=False).run(part, "a")
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=runner.ROOT)
+    log = tmp_path / "logs" / "ops-a.log"
+    for _ in range(600):
+        if log.exists() and "begun" in log.read_text():
+            break
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    number = int(log.read_text().split()[0])
+    for _ in range(100):
+        if not alive(number):
+            break
+        time.sleep(0.1)
+    assert not alive(number)
+    known = json.loads((tmp_path / "run.json").read_text())["parts"]["ops-a"]
+    assert (known["state"], known["says"]) == (UNFINISHED, "was killed")
 
 
 def alive(process: int) -> bool:
@@ -112,7 +158,7 @@ def test_what_was_cut_off_goes_on_or_begins_anew(tmp_path: Path, goes_on: bool) 
     path = tmp_path / "ops-a.json"
     found = part(GOES_ON.format(path=str(path)), goes_on=goes_on)
     assert run(tmp_path, found, limit=2.0).state == UNFINISHED
-    assert Runner(tmp_path, on_gpu=False).due(found)
+    assert Runner(tmp_path, on_gpu=False).due([found]) == [found]
     assert run(tmp_path, found, limit=2.0).state == (DONE if goes_on else UNFINISHED)
     assert path.read_text() == ("xx" if goes_on else "x")
     if goes_on:  # the time of both
@@ -131,7 +177,7 @@ def test_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(tmp_path, found).state == DONE
     monkeypatch.setattr(runner, "sources", lambda: "other")
     assert state(tmp_path, found) == OUTDATED
-    assert Runner(tmp_path, on_gpu=False).due(found)
+    assert Runner(tmp_path, on_gpu=False).due([found]) == [found]
     assert run(tmp_path, found).state == DONE
     assert path.read_text() == "x"
 
@@ -156,7 +202,7 @@ def test_again(tmp_path: Path) -> None:
     run(tmp_path, found)
     again = Runner(tmp_path, on_gpu=False)
     again.forget([found])
-    assert again.due(found)
+    assert again.due([found])
     assert not path.exists()
 
 
@@ -167,6 +213,23 @@ def test_what_is_kept(tmp_path: Path) -> None:
     assert run(tmp_path, part(code, kept=kept)).state == DONE
     assert (tmp_path / "ops-a.json").read_text() == ".json"
     assert (tmp_path / "ops-a.svg").read_text() == ".svg"
+
+
+def test_an_empty_result_is_none(tmp_path: Path) -> None:
+    kept = tmp_path / "logs" / "ops-a"
+    code = f"import pathlib; pathlib.Path({str(kept)!r}).with_suffix('.json').touch()"
+    assert run(tmp_path, part(code, kept=kept)).state == DONE
+    assert not (tmp_path / "ops-a.json").exists()
+
+
+@pytest.mark.parametrize("some_counts", [False, True])
+def test_results_of_what_failed(tmp_path: Path, some_counts: bool) -> None:
+    """They count only if they are of what did not."""
+    path = tmp_path / "ops-a.json"
+    code = f"import pathlib; pathlib.Path({str(path)!r}).write_text('x'); raise SystemExit(1)"
+    assert run(tmp_path, part(code, some_counts=some_counts)).state == FAILED
+    assert path.exists() == some_counts
+    assert (tmp_path / "logs" / "ops-a-failed.json").exists() != some_counts
 
 
 def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,17 +75,24 @@ def test_speed_of_detections() -> None:
     ways = {
         "torchvision": way(30_000.0),
         "torchvision_AMP": way(20_000.0),
-        "detectron2's pasting": way(1.0),
+        "fastmrcnn": way(1.0),
         "fastmrcnn_engine_float16": way(2_400.0),
     }
-    results = Results("", True, detections=[detection("800x1333", 1, "rle", **ways)])
-    assert target("detection, R50-FPN, 800x1333, batch 1").measure(results) == ("8.3x, 2.4 ms", True)
-    assert target("detection, R50-FPN, 800x1333, batch 8").measure(results) is None
-    ways["fastmrcnn_engine_float16"] = way(2_600.0)
-    results = Results("", True, detections=[detection("800x1333", 1, "rle", **ways)])
-    assert target("detection, R50-FPN, 800x1333, batch 1").measure(results) == ("7.7x, 2.6 ms", False)
-    results = Results("", True, detections=[detection("800x1333", 1, "rle", **ways | {"fastmrcnn_engine_float16": {}})])
-    assert target("detection, R50-FPN, 800x1333, batch 1").measure(results) is None
+    single = target("detection, R50-FPN, 800x1333, batch 1")
+    fast = detection("800x1333", 1, "none", **ways)
+    slow = detection("800x1333", 1, "bool", **ways | {"fastmrcnn_engine_float16": way(2_600.0)})
+    assert single.measure(Results("", True, detections=[fast, fast | {"masks": "bool"}])) == (
+        "8.3x / 8.3x, 2.4 / 2.4 ms",
+        True,
+    )
+    assert single.measure(Results("", True, detections=[fast, slow])) == ("8.3x / 7.7x, 2.4 / 2.6 ms", False)
+    assert single.measure(Results("", True, detections=[fast])) is None
+    assert single.measure(Results("", False, detections=[fast, slow])) is None
+    broken = detection("800x1333", 1, "bool", **ways | {"fastmrcnn_engine_float16": {"error": "no"}})
+    assert single.measure(Results("", True, detections=[fast, broken])) is None
+    best = detection("800x1333", 1, "bool", **ways | {"detectron2's_pasting": way(12_000.0)})
+    assert single.measure(Results("", True, detections=[fast, best])) == ("8.3x / 5.0x, 2.4 / 2.4 ms", False)
+    assert target("detection, R50-FPN, 800x1333, batch 8").measure(Results("", True, detections=[fast])) is None
     ways = {"torchvision": way(3e6), "fastmrcnn_engine_float32": way(2e6, 1.4)}
     results = Results("", False, detections=[detection("480x640", 1, "soft", **ways)])
     assert target("detection on a CPU").measure(results) == ("1.40x", True)
@@ -95,6 +102,8 @@ def test_speed_of_training() -> None:
     contenders = {"fastmrcnn bfloat16": step(40_000.0), "torchvision AMP channels_last": step(160_000.0)}
     case = {"model": "R50", "batch": 8, "size": [800, 1333], "contenders": contenders}
     assert target("training step").measure(Results("", True, steps=[case])) == ("4.0x, 200 img/s", True)
+    broken = case | {"contenders": contenders | {"fastmrcnn bfloat16": {"error": "learns something else"}}}
+    assert target("training step").measure(Results("", True, steps=[broken])) is None
     contenders["fastmrcnn bfloat16"] = step(50_000.0)
     assert target("training step").measure(Results("", True, steps=[case])) == ("3.2x, 160 img/s", False)
     assert target("training step").measure(Results("", False, steps=[case])) is None
@@ -123,7 +132,7 @@ def folder(path: Path, conditions: dict[str, Any]) -> Path:
         file.write_text(json.dumps(content))
     ways = {"torchvision": way(3e6), "fastmrcnn": way(2e6, 1.5), "broken": {"error": "no"}}
     cases = [detection("480x640", n, "soft", **ways) for n in (1, 8)]
-    contenders = {"fastmrcnn float32": step(4e5), "torchvision float32": step(8e5)}
+    contenders = {"fastmrcnn float32": step(4e5), "torchvision float32": step(8e5), "other": {"error": "no"}}
     steps = [{"model": "R50", "batch": 2, "size": [240, 320], "contenders": contenders}]
     inputs = {"images": 100, "size": [480, 640], "detections": 100, "batch": 1}
     evaluation = {"torchvision": way(9e6), "fastmrcnn": way(3e6), "speedup": {"p50": 3.1}, "inputs": inputs}
@@ -158,6 +167,7 @@ def test_tables(tmp_path: Path) -> None:
     assert cells(tables.steps_table(results))[2:] == [
         ["fastmrcnn float32", "5 (2.00x), 1.00 GiB"],
         ["torchvision float32", "2.5 (1.00x), 1.00 GiB"],
+        ["other", "learns something else"],
     ]
     assert cells(tables.evaluation_table(results))[2:] == [
         ["torchvision", "9.0", "1.00x"],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,6 +94,33 @@ def test_steps_are_the_same_work(problem: Problem) -> None:
             assert torch.equal(value, before[name]), name
         # Sampled as usual; statistics of norms do not show in training.
         assert outcome(run) == pytest.approx(wanted.values, rel=1e-3)
+
+
+def test_who_learns_something_else_has_no_times(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The others have, and the run fails."""
+    model, data, _ = problem
+    original = training.run_of
+
+    def run_of(contender: Any, *args: Any) -> Any:
+        run = original(contender, *args)
+        if contender == OURS:
+            run.model.rpn.losses = halved(run.model.rpn.losses)
+        return run
+
+    monkeypatch.setattr(training, "run_of", run_of)
+    monkeypatch.setattr(training, "CONTENDERS", [OURS, SHIPPED])
+    monkeypatch.setattr(training, "dataset", lambda *_: data)
+    monkeypatch.setattr(training, "detector", lambda *_, **__: model)
+    out = tmp_path / "out.json"
+    monkeypatch.setattr("sys.argv", ["training", "--batch", "1", "--rounds", "1", "--small", "--json", str(out)])
+    with pytest.raises(SystemExit, match="fastmrcnn float32: something else is learned"):
+        training.main()
+    found = json.loads(out.read_text())["cases"][0]["contenders"]
+    assert "where 1.00% is allowed" in found["fastmrcnn float32"]["error"]
+    assert set(found["fastmrcnn float32"]) == {"role", "error"}
+    assert found["torchvision float32"]["stages"]["step"]["p50_us"] > 0
 
 
 def test_ours_and_theirs(problem: Problem) -> None:

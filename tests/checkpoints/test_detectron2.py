@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints.comparing import FEW, LONGER, SHORTER, as_input, assert_same, photo
-from checkpoints.foreign_networks import Kind, detectron2_network, detectron2_shapes, random_state
+from checkpoints.foreign_files import Kind, detectron2_shapes, random_state
+from checkpoints.foreign_networks import detectron2_network
 from torch import Tensor
 
 from fastmrcnn.checkpoints import detectron2

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints.benchmark_network import BenchmarkNetwork, corner_anchors
 from checkpoints.comparing import FEW, LONGER, SHORTER, as_input, assert_same, photo
-from checkpoints.foreign_networks import BenchmarkNetwork, benchmark_shapes, corner_anchors, random_state
+from checkpoints.foreign_files import benchmark_shapes, random_state
 
 import fastmrcnn
 from fastmrcnn.checkpoints.reading import read_weights

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints.comparing import as_input, photo
-from checkpoints.matterport_network import MatterportNetwork, matterport_shapes, random_weights, write_h5
+from checkpoints.matterport_files import matterport_shapes, random_weights, write_h5
+from checkpoints.matterport_network import MatterportNetwork
 
 import fastmrcnn
 from fastmrcnn import matterport

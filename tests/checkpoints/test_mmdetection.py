@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from checkpoints.comparing import FEW, LONGER, SHORTER, as_input, assert_same, photo
-from checkpoints.foreign_networks import Kind, mmdetection_network, mmdetection_shapes, random_state
+from checkpoints.foreign_files import Kind, mmdetection_shapes, random_state
+from checkpoints.foreign_networks import mmdetection_network
 
 import fastmrcnn
 from fastmrcnn.checkpoints.reading import read_weights

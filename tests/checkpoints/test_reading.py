@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints.foreign_networks import Kind, detectron2_shapes
+from checkpoints.foreign_files import Kind, detectron2_shapes
 
 import fastmrcnn
 from fastmrcnn.checkpoints import ModelInfo, load_model, load_weights, save_checkpoint

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision.models.detection as theirs
-from checkpoints.foreign_networks import Kind, detectron2_shapes
+from checkpoints.foreign_files import Kind, detectron2_shapes
 from torch import nn
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.ops import FrozenBatchNorm2d

@@ -1,4 +1,4 @@
-"""Bytes as Pillow and OpenCV resize them."""
+"""Bytes as Pillow, OpenCV and scikit-image resize them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastmrcnn.models.conventions import CONVENTIONS
-from fastmrcnn.models.matterport import resize_like_skimage
 from fastmrcnn.models.preprocess import BytesPreprocess
-from fastmrcnn.models.resizing import resize_like_opencv, resize_like_pillow
+from fastmrcnn.models.resizing import resize_like_opencv, resize_like_pillow, resize_like_skimage
 
 
 @given(st.integers(1, 90), st.integers(1, 90), st.floats(0.2, 4), st.integers(0, 2**32 - 1))
