@@ -112,7 +112,11 @@ def main() -> None:
 
 def finish(found: list[Part], runner: Runner, output: Path) -> None:
     """Plots, tables, and the summary."""
-    results = collected(output)
+    try:
+        results = collected(output)
+    except ValueError as error:
+        print(f"\nno tables: {error}")
+        results = None
     if results is not None and results.ops:
         write_atomically(output / "ops.svg", lambda path: report.plot(results.ops, path, results.device))
     if results is not None and results.detections:

@@ -81,23 +81,28 @@ class Runner:
 
     def discard(self, part: Part) -> None:
         """Remove what a part has written."""
-        for path in (self.output / f"{part.name}{suffix}" for suffix in (".json", ".jsonl", ".svg")):
+        written = [self.output / f"{part.name}{suffix}" for suffix in (".json", ".jsonl", ".svg")]
+        for path in [*written, self.logs / f"{part.name}.log"]:
             path.unlink(missing_ok=True)
         shutil.rmtree(self.output / "runs" / part.name, ignore_errors=True)
 
     def run(self, part: Part, title: str) -> Ended:
-        """Run a part, and remember how it ended."""
+        """Run a part, and remember how it ended; if it cannot run here, an earlier result stays."""
+        if part.missing is not None:
+            left_out = Ended(LEFT_OUT, 0.0, part.missing)
+            print(said(title, left_out), flush=True)
+            if part.name not in self.ended:
+                self.note(part, left_out)
+            return left_out
         goes_on = part.goes_on and self.state(part) == UNFINISHED
         before = self.ended[part.name]["seconds"] if goes_on else 0.0
         if not goes_on:
             self.discard(part)
-        if part.missing is None:
-            self.note(part, Ended(UNFINISHED, before, "was killed"))  # unless it comes to say anything else
+        self.note(part, Ended(UNFINISHED, before, "was killed"))  # unless it comes to say anything else
         if sys.stdout.isatty():
             print(title, end="", flush=True)
-        found = self._run(part) if part.missing is None else Ended(LEFT_OUT, 0.0, part.missing)
-        start = "\r" if sys.stdout.isatty() else ""
-        print(f"{start}{title:<32} {found.state:<10} {found.seconds:5.0f} s  {found.says}", flush=True)
+        found = self._run(part)
+        print(said(title, found), flush=True)
         self.note(part, found._replace(seconds=before + found.seconds))
         return found
 
@@ -138,15 +143,15 @@ class Runner:
         if cut and not part.goes_on and self.limit >= LIMIT:
             return self._failed(part, Ended(FAILED, seconds, f"took longer than {self.limit:.0f} s"))
         if cut or process.returncode == STOPPED:
-            said = "the next run goes on with it" if part.goes_on else "there was no time left"
-            return Ended(UNFINISHED, seconds, f"{said}; {self._says(part)}".rstrip("; "))
+            why = "the next run goes on with it" if part.goes_on else "there was no time left"
+            return Ended(UNFINISHED, seconds, f"{why}; {self._says(part)}".rstrip("; "))
         if process.returncode == 0:
             self._keep(part)
             return Ended(DONE, seconds, self._says(part))
         lines = log.read_text(errors="replace").splitlines()[-LINES_SHOWN:]
         print("\n" + "\n".join(f"    {line}" for line in lines))
-        said = self._says(part) or f"exit status {process.returncode}, see {log}"
-        return self._failed(part, Ended(FAILED, seconds, said))
+        why = self._says(part) or f"exit status {process.returncode}, see {log}"
+        return self._failed(part, Ended(FAILED, seconds, why))
 
     def _failed(self, part: Part, ended: Ended) -> Ended:
         """Put aside the result of a part that failed, unless it is of those of its cases that did not."""
@@ -167,6 +172,12 @@ class Runner:
     def _says(self, part: Part) -> str:
         path = self.output / f"{part.name}.jsonl"
         return str(outcomes.summary(path)) if path.exists() else ""
+
+
+def said(title: str, ended: Ended) -> str:
+    """A line on how a part ended, which on a terminal takes the place of its title."""
+    start = "\r" if sys.stdout.isatty() else ""
+    return f"{start}{title:<32} {ended.state:<10} {ended.seconds:5.0f} s  {ended.says}"
 
 
 class Live:

@@ -18,7 +18,7 @@ def record(contender: str, role: str, p50: float, case: str = "small", **more: A
 
 
 RECORDS = [
-    record("ours bfloat16", "ours", 10.0, share_of_copy_bandwidth=0.5, host_us=7.25),
+    record("ours bfloat16", "ours", 10.0, share_of_copy_bandwidth=0.5, least_bytes=16_500_000, host_us=7.25),
     record("ours float32", "ours", 16.0),
     record("theirs float32", "shipped", 80.0),
     record("theirs AMP", "tuned", 40.0),
@@ -63,8 +63,8 @@ def test_contenders() -> None:
         "theirs float32",
         "reference",
     ]
-    assert rows[1][1:] == ["9.0", "10.0", "11.0", "7.2", "50%", "8.00x"]
-    assert rows[5][1:] == ["999.0", "1,000.0", "1,001.0", "-", "-", "0.08x"]
+    assert rows[1][1:] == ["9.0", "10.0", "11.0", "7.2", "16.50", "5.0", "50%", "8.00x"]
+    assert rows[5][1:] == ["999.0", "1,000.0", "1,001.0", "-", "-", "-", "-", "0.08x"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -65,6 +65,15 @@ def test_left_out(tmp_path: Path) -> None:
     assert Runner(tmp_path, on_gpu=False).due([found]) == [found]
 
 
+def test_what_cannot_run_again_keeps_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ops-a.json"
+    run(tmp_path, part(f"import pathlib; pathlib.Path({str(path)!r}).write_text('x')"))
+    monkeypatch.setattr(runner, "sources", lambda: "other")
+    assert run(tmp_path, part("", missing="no data")).state == LEFT_OUT
+    assert path.read_text() == "x"
+    assert state(tmp_path, part("")) == OUTDATED
+
+
 def test_too_long(tmp_path: Path) -> None:
     """It is stopped, and so is what it has started."""
     child = (
