@@ -118,7 +118,8 @@ def finish(found: list[Part], runner: Runner, output: Path) -> None:
         print(f"\nno tables: {error}")
         results = None
     if results is not None and results.ops:
-        write_atomically(output / "ops.svg", lambda path: report.plot(results.ops, path, results.device))
+        records = tables.in_the_middle(results)
+        write_atomically(output / "ops.svg", lambda path: report.plot(records, path, results.device))
     if results is not None and results.detections:
         write_atomically(output / "detection.svg", lambda path: tables.plot(results, path))
     if results is not None:

@@ -153,7 +153,7 @@ def plot(records: Sequence[Record], path: Path, title: str) -> None:
         axes.set_yticks([row + 0.2 for row in range(len(bars))], [name for name, _ in bars], fontsize=8)
         axes.invert_yaxis()
         axes.axvline(1, color="black", linewidth=0.8)
-        axes.margins(x=0.12)
+        axes.margins(x=0.12, y=0.01)
         axes.set_xlabel("times faster than torchvision")
         figure.suptitle(title, fontsize=7)
         figure.legend(fontsize=8, loc="outside lower center", ncols=2)

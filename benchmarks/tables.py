@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.collected import Results, collected
 from benchmarks.measure import ROOT
-from benchmarks.report import cases, fastest, markdown, summary_table
+from benchmarks.report import Record, cases, fastest, markdown, summary_table
 from benchmarks.targets import TARGETS
 from fastmrcnn.files import write_atomically
 
@@ -49,7 +49,13 @@ def targets_table(found: Sequence[Results]) -> str:
 
 
 def ops_table(results: Results) -> str:
-    """One case of each operation: of those that torchvision does, too, the one in the middle by its time."""
+    """One case of each operation."""
+    records = in_the_middle(results)
+    return summary_table(records) if records else ""
+
+
+def in_the_middle(results: Results) -> list[Record]:
+    """Of the cases of each operation that torchvision does, too, the records of the one in the middle by its time."""
     times: dict[str, list[tuple[float, str]]] = defaultdict(list)
     by_case = cases(results.ops)
     for (op, case), records in by_case.items():
@@ -57,7 +63,7 @@ def ops_table(results: Results) -> str:
         if shipped is not None and fastest(records, "ours") is not None:
             times[op].append((shipped["p50_us"], case))
     middle = [(op, sorted(found)[len(found) // 2][1]) for op, found in times.items()]
-    return summary_table([record for key in middle for record in by_case[key]]) if middle else ""
+    return [record for key in middle for record in by_case[key]]
 
 
 def waterfalls(results: Results) -> Iterator[str]:
@@ -103,7 +109,7 @@ def steps_table(results: Results) -> str:
                 continue
             baseline = next(us[n] for n in STEP_BASELINES if n in us)
             memory = case["contenders"][name]["peak_memory"] / 2**30
-            rows[-1].append(f"{1e6 * case['batch'] / us[name]:,.3g} ({baseline / us[name]:.2f}x), {memory:.2f} GiB")
+            rows[-1].append(f"{1e6 * case['batch'] / us[name]:,.2f} ({baseline / us[name]:.2f}x), {memory:.2f} GiB")
     model = next((case["model"] for case in results.steps), "")
     return (
         markdown([f"training of {model}; images per second (times faster), peak memory", *found], rows) if rows else ""
@@ -119,7 +125,7 @@ def runs_table(results: Results) -> str:
             precisions = [f"{metrics[kind]['AP']:.3f}" if kind in metrics else "-" for kind in ("bbox", "segm")]
             rate = 1 / run["seconds_per_image"][name]["p50"]
             ratio = run["seconds_per_image"]["speedup"]["p50"] if name == "fastmrcnn" else 1.0
-            rows.append([f"{name} {precision}", *precisions, f"{rate:,.3g}", f"{ratio:.2f}x"])
+            rows.append([f"{name} {precision}", *precisions, f"{rate:,.2f}", f"{ratio:.2f}x"])
     epochs = max((len(one["epochs"]) for run in results.runs.values() for one in run["runs"].values()), default=0)
     header = [f"training on nuclei, {epochs} epochs", "box AP", "mask AP", "images per second", "times faster"]
     return markdown(header, rows) if rows else ""

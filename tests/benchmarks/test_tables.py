@@ -165,8 +165,8 @@ def test_tables(tmp_path: Path) -> None:
     ]
     assert cells(waterfall)[0] == ["R50, masks: soft; ms (times faster)", "1 x 480x640", "8 x 480x640"]
     assert cells(tables.steps_table(results))[2:] == [
-        ["fastmrcnn float32", "5 (2.00x), 1.00 GiB"],
-        ["torchvision float32", "2.5 (1.00x), 1.00 GiB"],
+        ["fastmrcnn float32", "5.00 (2.00x), 1.00 GiB"],
+        ["torchvision float32", "2.50 (1.00x), 1.00 GiB"],
         ["other", "learns something else"],
     ]
     assert cells(tables.evaluation_table(results))[2:] == [
@@ -174,8 +174,8 @@ def test_tables(tmp_path: Path) -> None:
         ["fastmrcnn", "3.0", "3.10x"],
     ]
     assert cells(tables.runs_table(results))[2:] == [
-        ["fastmrcnn float32", "0.500", "0.250", "4", "2.10x"],
-        ["torchvision float32", "0.500", "0.250", "2", "1.00x"],
+        ["fastmrcnn float32", "0.500", "0.250", "4.00", "2.10x"],
+        ["torchvision float32", "0.500", "0.250", "2.00", "1.00x"],
     ]
     text = tables.tables([results])
     assert text.count("### ") == 1
