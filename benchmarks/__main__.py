@@ -1,14 +1,14 @@
 """Everything, part by part: tests, kernels, operations, detections, steps and runs of training, profiles; a summary.
 
-    python -m benchmarks                            # what suits this machine, into benchmarks/results/DEVICE
+    python -m benchmarks                            # what suits this machine, into benchmark-results/DEVICE
     python -m benchmarks --nuclei data/nuclei       # training on nuclei among it
     python -m benchmarks --device cpu --quick       # whether all of it runs, in a few minutes; the numbers mean nothing
     python -m benchmarks --only ops training        # groups, or parts; --list names them
 
 No part takes longer than nine minutes.  Stopped, by --minutes or however, it goes on where it was when called again;
 parts that ended are not repeated unless the sources have changed, or by --again.  Each writes a file of JSON;
-ops.svg and detection.svg are drawn of them, and `python -m benchmarks.tables` puts their tables into the README.  What
-the programs print is in OUTPUT/logs.  Exit status 1 if anything failed.
+ops.svg and detection.svg are drawn of them.  What the programs print is in OUTPUT/logs.  Exit status 1 if anything
+failed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
         "--device", choices=["cpu", "cuda"], help="by default cuda, which is also AMD's, if there is one"
     )
     parser.add_argument("--quick", action="store_true", help="the least of each part, to see that it runs")
-    parser.add_argument("--output", type=Path, help="folder of results; by default benchmarks/results/DEVICE")
+    parser.add_argument("--output", type=Path, help="folder of results; by default benchmark-results/DEVICE")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="groups or parts")
     parser.add_argument("--again", action="store_true", help="also what is done already")
     parser.add_argument("--minutes", type=float, help="end after so many, to go on another time")
@@ -69,7 +69,7 @@ def planned(options: argparse.Namespace) -> Plan:
     """What the command line asks for; what a quick run learns from is generated."""
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()) if on_gpu else "cpu"
-    default = ROOT / "benchmark-quick" if options.quick else ROOT / "benchmarks" / "results" / name
+    default = ROOT / "benchmark-results" / (f"{name}-quick" if options.quick else name)
     output = (options.output or default).resolve()
     nuclei = shapes_folder(output / "shapes") if options.quick else options.nuclei and options.nuclei.resolve()
     return Plan(on_gpu, options.quick, output, options.images and options.images.resolve(), nuclei, options.scratch)
