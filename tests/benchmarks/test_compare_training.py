@@ -17,6 +17,7 @@ from torch import nn
 from benchmarks.compare_training import Comparison, FloatItems, parse
 from benchmarks.training_steps import exhaustive
 from fastmrcnn import ops, train
+from fastmrcnn.checkpoints import load_checkpoint
 from fastmrcnn.data import Key
 from fastmrcnn.training.config import AugmentConfig, OptimConfig
 from fastmrcnn.training.failures import EXIT_STATUS, Termination
@@ -123,7 +124,8 @@ def test_going_on(tmp_path: Path, measuring: bool) -> None:
     optim = OptimConfig(lr=0.01, lr_batch=0, warmup_steps=2, milestones=[5], ema=0.5)
     results = []
     for folder, interrupted in (("whole", None), ("parts", EndedAfter), ("parts", None)):
-        options = config(tmp_path / folder, epochs=2, evaluate_every=1, optim=optim, resume="auto")
+        every = 1 if measuring else 2  # asked to end it would not begin to measure
+        options = config(tmp_path / folder, epochs=2, evaluate_every=every, optim=optim, resume="auto")
         with (
             mock.patch.object(train, "Training", interrupted or Comparison),
             mock.patch.object(EndedAfter, "measuring", measuring),
@@ -136,7 +138,13 @@ def test_going_on(tmp_path: Path, measuring: bool) -> None:
     for name, run in whole["runs"].items():
         assert parts["runs"][name]["losses"] == run["losses"], name
         for one, other in zip(parts["runs"][name]["epochs"], run["epochs"], strict=True):
-            assert (one["epoch"], one["step"], one["metrics"]) == (other["epoch"], other["step"], other["metrics"])
+            assert [one.get(key) for key in ("epoch", "step", "metrics")] == [
+                other.get(key) for key in ("epoch", "step", "metrics")
+            ]
+    first, second = (load_checkpoint(tmp_path / folder / "last.pt")["training"] for folder in ("whole", "parts"))
+    assert first["theirs"]["optimizer"]["state"]
+    for part in ("theirs", "learner"):
+        torch.testing.assert_close(second[part], first[part], rtol=0, atol=0, msg=part)
 
 
 def test_average_of_the_weights(tmp_path: Path) -> None:

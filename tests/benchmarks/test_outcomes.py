@@ -47,12 +47,14 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 def test_only_what_is_not_done_is_run_again(tmp_path: Path, options: list[str]) -> None:
     first = run(tmp_path, *options)
     assert "1 failed, 2 passed, 1 skipped, 1 error" in first.stdout
+    assert len((tmp_path / "outcomes.jsonl").read_text().splitlines()) == 4  # one process writes
     found = outcomes.summary(tmp_path / "outcomes.jsonl")
     assert found.counts == {"passed": 1, "skipped": 1, "failed": 2}
     assert sorted(found.failed) == ["test_some.py::test_fails", "test_some.py::test_fails_at_its_end"]
     (tmp_path / "mended").touch()
     second = run(tmp_path, *options)
     assert "2 passed" in second.stdout
+    assert "skipped" not in second.stdout
     assert second.returncode == 0
     assert str(outcomes.summary(tmp_path / "outcomes.jsonl")) == "3 passed, 1 skipped"
     third = run(tmp_path, *options)

@@ -53,6 +53,11 @@ def test_gpu() -> None:
     assert "layouts are converted by void cudnn::ops::nchwToNhwcKernel" in text
 
 
+def test_a_short_kernel_beside_a_long_one_ends_nothing() -> None:
+    spans = [profiling.Span("long", 0, 100), profiling.Span("short", 10, 20), profiling.Span("next", 110, 120)]
+    assert profiling.idle(spans) == [10]
+
+
 def test_operators_on_a_cpu() -> None:
     """Of one within another only the time that is its own, on each thread by itself."""
     events = [
