@@ -132,6 +132,8 @@ def test_going_on(tmp_path: Path, measuring: bool) -> None:
             contextlib.nullcontext() if interrupted is None else pytest.raises(SystemExit),
         ):
             train.train(options, shapes(2), shapes(1, seed=1))
+        if interrupted is not None:
+            assert load_checkpoint(options.output / "last.pt")["training"]["progressed"]["step"] == 1
         path = tmp_path / folder / "comparison.json"
         results.append(json.loads(path.read_text()) if path.exists() else None)
     whole, _, parts = results
