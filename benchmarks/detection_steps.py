@@ -223,8 +223,12 @@ def with_fastest_algorithms(call: Call) -> Call:
     """`call` with those algorithms of cuDNN that have been found to be the fastest for its sizes."""
 
     def run() -> Detections:
-        with mock.patch.object(torch.backends.cudnn, "benchmark", True):
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+        try:
             return call()
+        finally:
+            torch.backends.cudnn.benchmark = before
 
     return run
 

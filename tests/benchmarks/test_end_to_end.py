@@ -17,6 +17,7 @@ from benchmarks.detection_steps import (
     contenders,
     detectors,
     photos,
+    with_fastest_algorithms,
 )
 from benchmarks.measure import Operations
 from fastmrcnn.checkpoints.native import ModelInfo, save_checkpoint
@@ -72,6 +73,20 @@ def test_without_masks(pair: tuple[Any, Any], images: list[Tensor]) -> None:
     for name in ("torchvision", "fastmrcnn"):
         assert set(calls[name]()[0]) == {"boxes", "labels", "scores"}
     assert pair[0].roi_heads.has_mask()
+
+
+def test_fastest_algorithms() -> None:
+    """Of cuDNN, within the call alone."""
+    seen: list[bool] = []
+    before = torch.backends.cudnn.benchmark
+
+    def call() -> list[Any]:
+        seen.append(torch.backends.cudnn.benchmark)
+        return []
+
+    assert with_fastest_algorithms(call)() == []
+    assert seen == [True]
+    assert torch.backends.cudnn.benchmark == before
 
 
 def test_agreement() -> None:

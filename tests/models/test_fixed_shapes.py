@@ -172,15 +172,8 @@ def with_garbage(batch: Any, slots: int, value: float) -> Any:
     return replace(batch, **filled)
 
 
-@pytest.mark.parametrize(
-    ("builder", "value"),
-    [
-        ("maskrcnn_resnet50_fpn", float("nan")),
-        ("maskrcnn_resnet50_fpn", float("inf")),
-        ("maskrcnn_resnet50_fpn", -1e6),
-        ("keypointrcnn_resnet50_fpn", float("nan")),
-    ],
-)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e6])
+@pytest.mark.parametrize("builder", ["maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"])
 def test_padding_is_inert_in_training(builder: str, value: float) -> None:
     torch.manual_seed(0)
     images = [torch.rand(3, 90, 128), torch.rand(3, 96, 80)]
